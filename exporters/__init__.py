@@ -1,0 +1,1 @@
+"""Showing what was captured to others: the Prometheus endpoint. No torch here."""

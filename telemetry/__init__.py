@@ -1,0 +1,1 @@
+"""lm-telemetry: the instrument panel for how language models learn and reason."""

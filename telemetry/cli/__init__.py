@@ -1,0 +1,6 @@
+"""The command line, `lmt`: one command a file."""
+
+
+def main() -> int:
+    """Entry point."""
+    return 0
