@@ -8,10 +8,12 @@ This module imports nothing but the standard library, so that any part may read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 ColumnType = Literal["bool", "int32", "int64", "float32", "float64", "string", "timestamp", "list<float32>"]
 
