@@ -1,6 +1,59 @@
-"""The command line, `lmt`: one command a file."""
+"""The command line, `lmt`: one command a file.
+
+Exit codes: 0 it was done; 1 the store, a file or a setting is not as needed; 2 the command line or the query is wrong;
+130 interrupted; 141 whoever read the output stopped reading.
+
+Nothing heavy is imported before a command runs: `lmt --help` costs what Python costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from lm_telemetry.cli import runs, sql, views
+from lm_telemetry.errors import QueryError, TelemetryError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = (sql, views, runs)
 
 
-def main() -> int:
-    """Entry point."""
-    return 0
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="lmt",
+        description="Ask what a training run recorded.",
+        epilog="exit codes: 0 done; 1 no such store or file; 2 wrong command or query; 130 interrupted; 141 broken pipe",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except QueryError as error:
+        return _complain(error, 2)
+    except TelemetryError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _complain(error: TelemetryError, code: int) -> int:
+    print(f"lmt: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,294 @@
+"""The attention-row kernel: sampled rows, online over blocks of keys; no score is ever written to memory.
+
+A program holds BLOCK_M rows of one key-value head. All query heads of the group and all sampled positions are rows
+alike, so keys are read once for a whole group. It keeps, for each row, the running maximum m and
+
+    l = sum e^(s-m)    u = sum e^(s-m) (s-m)    q = sum e^2(s-m)    and the sink, previous, local and distance sums,
+
+which a larger maximum m' turns into, with a = e^(m-m'): l <- a l, u <- a (u + l (m - m')), q <- a^2 q. Rows are written
+out as they are; `attention_rows` sums them in a fixed order, so there are no atomics and results repeat.
+
+Decisions:
+
+- 16-bit inputs go to the tensor cores as they are, with float32 sums: products of bfloat16 are exact there. The head is
+  one block, padded to a power of two.
+- float32 inputs are multiplied in full precision (TF32 would lose ten bits of every logit) in pieces of the head, since
+  a whole head of float32 operands does not fit the registers.
+- Blocks of keys that causality or the window hides from all rows of a program are not visited.
+
+Left out: splitting one row's keys over programs; with a few dozen sampled queries a layer it is not needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lm_telemetry.kernels.attention_rows_geometry import LOCAL_WINDOW, RAW_COLUMNS, RowGeometry, hiding_bound
+from lm_telemetry.kernels.dispatch import interpreting
+
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = range(3)
+
+_PIECE = 32
+"""Channels of a float32 head that are multiplied at a time."""
+
+
+# Lengths change from call to call (decoding, packing); to specialise on them would compile again and again.
+@triton.jit(do_not_specialize=["n", "n_keys", "query_offset", "window", "row_blocks"])
+def row_kernel(
+    query,
+    key,
+    rows,
+    positions,
+    positions_b,
+    positions_n,
+    keep,
+    keep_b,
+    keep_n,
+    first_key,
+    first_key_b,
+    mask,
+    mask_b,
+    mask_h,
+    mask_q,
+    mask_k,
+    bias,
+    bias_b,
+    bias_h,
+    bias_q,
+    bias_k,
+    query_b,
+    query_h,
+    query_s,
+    key_b,
+    key_h,
+    key_s,
+    scale,
+    softcap,
+    hiding_bound,
+    n,
+    n_keys,
+    width,
+    query_offset,
+    window,
+    heads,
+    kv_heads,
+    row_blocks,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Writes rows (B, Hq, n, 12) float32 for the sampled positions; strides are in elements."""
+    stripe = tl.program_id(0) // row_blocks
+    b = (stripe // kv_heads).to(tl.int64)
+    kv = stripe % kv_heads
+    group = heads // kv_heads
+    r = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = r < group * n
+    sample = r % n
+    head = kv * group + r // n
+    position = tl.load(positions + b * positions_b + sample * positions_n, mask=live, other=0).to(tl.int64)
+    if HAS_KEEP:
+        live = live & (tl.load(keep + b * keep_b + sample * keep_n, mask=live, other=0) != 0)
+    at = (position + query_offset).to(tl.int32)
+    first = 0
+    if HAS_FIRST:
+        first = tl.load(first_key + b * first_key_b).to(tl.int32)
+
+    channel = tl.arange(0, PIECE)
+    query_row = query + b * query_b + head.to(tl.int64) * query_h + position * query_s
+    key_head = key + b * key_b + kv.to(tl.int64) * key_h
+    if PIECE == BLOCK_D:
+        q = tl.load(query_row[:, None] + channel[None, :], mask=live[:, None] & (channel < width)[None, :], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    u = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    sink = tl.zeros([BLOCK_M], tl.float32)
+    previous = tl.zeros([BLOCK_M], tl.float32)
+    local = tl.zeros([BLOCK_M], tl.float32)
+    distance = tl.zeros([BLOCK_M], tl.float32)
+    seen = tl.zeros([BLOCK_M], tl.float32)
+    broken = tl.zeros([BLOCK_M], tl.float32)
+
+    begin = 0
+    end = n_keys
+    if CAUSAL:
+        end = tl.minimum(n_keys, tl.max(tl.where(live, at, -1), 0) + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(0, tl.min(tl.where(live, at, n_keys), 0) - window + 1) // BLOCK_N * BLOCK_N
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        there = j < n_keys
+        key_row = key_head + j.to(tl.int64) * key_s
+        if PIECE == BLOCK_D:
+            k = tl.load(key_row[None, :] + channel[:, None], mask=there[None, :] & (channel < width)[:, None], other=0.0)
+            if UPCAST:
+                k = k.to(tl.float32)
+            s = tl.dot(q, k, input_precision="ieee")
+        else:
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for piece in range(0, BLOCK_D, PIECE):
+                c = piece + channel
+                inside = c < width
+                q = tl.load(query_row[:, None] + c[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+                k = tl.load(key_row[None, :] + c[:, None], mask=there[None, :] & inside[:, None], other=0.0)
+                s = tl.dot(q, k, s, input_precision="ieee")
+        s = s * scale
+        visible = live[:, None] & there[None, :]
+        behind = at[:, None] - j[None, :]
+        if HAS_BIAS:
+            into = bias + b * bias_b + (head.to(tl.int64) * bias_h + position * bias_q)[:, None] + j[None, :] * bias_k
+            s += tl.load(into, mask=visible, other=0.0).to(tl.float32)
+        if HAS_SOFTCAP:
+            # tanh(x) = sign(x) (1 - t) / (1 + t), t = e^(-2|x|): no overflow, and the same code on every backend
+            x = s / softcap
+            t = tl.exp(-2.0 * tl.abs(x))
+            s = tl.where(x < 0, -softcap, softcap) * ((1.0 - t) / (1.0 + t))
+        if CAUSAL:
+            visible = visible & (behind >= 0)
+        if HAS_WINDOW:
+            visible = visible & (behind < window)
+        if MASK != 0:
+            into = mask + b * mask_b + (head.to(tl.int64) * mask_h + position * mask_q)[:, None] + j[None, :] * mask_k
+            if MASK == 1:
+                visible = visible & (tl.load(into, mask=visible, other=0) != 0)
+            else:
+                added = tl.load(into, mask=visible, other=float("-inf")).to(tl.float32)
+                visible = visible & (added > hiding_bound)
+                s += tl.where(visible, added, 0.0)
+        seen += tl.sum(visible.to(tl.float32), 1)
+        finite = tl.abs(s) < float("inf")
+        broken += tl.sum((visible & (finite == 0)).to(tl.float32), 1)
+        s = tl.where(visible & finite, s, float("-inf"))
+
+        larger = tl.maximum(m, tl.max(s, 1))
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        fall = tl.where(m == float("-inf"), 0.0, m - reference)
+        a = tl.exp(fall)
+        shifted = s - reference[:, None]
+        e = tl.exp(shifted)
+        u = a * (u + total * fall) + tl.sum(tl.where(e > 0, e * shifted, 0.0), 1)
+        total = a * total + tl.sum(e, 1)
+        squares = a * a * squares + tl.sum(e * e, 1)
+        sink = a * sink + tl.sum(tl.where((j == first)[None, :], e, 0.0), 1)
+        previous = a * previous + tl.sum(tl.where(behind == 1, e, 0.0), 1)
+        local = a * local + tl.sum(tl.where(tl.abs(behind) < LOCAL, e, 0.0), 1)
+        distance = a * distance + tl.sum(e * tl.abs(behind).to(tl.float32), 1)
+        m = larger
+
+    known = live & (seen > 0) & (broken == 0)
+    total = tl.where(known, total, 1.0)
+    log_total = tl.log(total)
+    entropy = tl.maximum(log_total - u / total, 0.0)
+    largest = tl.where(known, m, float("-inf"))
+    row = rows + ((b * heads + head) * n + sample) * 12
+    stored = r < group * n
+    tl.store(row + 0, known.to(tl.float32), mask=stored)
+    tl.store(row + 1, tl.where(known, entropy, 0.0), mask=stored)
+    tl.store(row + 2, tl.where(known & (seen > 1), entropy / tl.log(tl.maximum(seen, 2.0)), 0.0), mask=stored)
+    tl.store(row + 3, tl.where(known, m + log_total, 0.0), mask=stored)
+    tl.store(row + 4, largest, mask=stored)
+    tl.store(row + 5, tl.where(known, 1.0 / total, 0.0), mask=stored)
+    tl.store(row + 6, tl.where(known, total * total / squares, 0.0), mask=stored)
+    tl.store(row + 7, tl.where(known, sink / total, 0.0), mask=stored)
+    tl.store(row + 8, tl.where(known, previous / total, 0.0), mask=stored)
+    tl.store(row + 9, tl.where(known, local / total, 0.0), mask=stored)
+    tl.store(row + 10, tl.where(known, distance / total, 0.0), mask=stored)
+    tl.store(row + 11, (live & (broken > 0)).to(tl.float32), mask=stored)
+
+
+def block_sizes(n_rows: int, width: int, *, whole_head: bool) -> dict[str, int]:
+    """Block sizes for `n_rows` rows a key-value head and heads of `width` channels."""
+    block_m = min(64, max(16, triton.next_power_of_2(n_rows)))
+    if whole_head:
+        block_d = max(16, triton.next_power_of_2(width))
+        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": block_d, "PIECE": block_d}
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": triton.cdiv(width, _PIECE) * _PIECE, "PIECE": _PIECE}
+
+
+def launch_options(width: int, *, whole_head: bool) -> dict[str, int]:
+    """Warps, and stages of the pipeline of loads, for heads of `width` channels."""
+    return {"num_warps": 4, "num_stages": 2 if whole_head and width <= 128 else 1}
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    geometry: RowGeometry,
+    *,
+    scale: float,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Rows (B, Hq, n, 12) float32; arguments as in `attention_rows.attention_rows_at`, checked there."""
+    (batch, heads, n_queries, width), (_, kv_heads, n_keys, _) = query.shape, key.shape
+    n = geometry.positions.shape[1]
+    rows = torch.empty(batch, heads, n, len(RAW_COLUMNS), dtype=torch.float32, device=query.device)
+    positions, keep, mask, first_key = geometry.positions, geometry.keep, geometry.mask, geometry.first_key
+    kind, bound = NO_MASK, 0.0
+    if mask is not None:
+        kind, bound = (BOOL_MASK, 0.0) if mask.dtype == torch.bool else (ADDITIVE_MASK, hiding_bound(mask.dtype))
+    whole_head = query.dtype != torch.float32
+    sizes = block_sizes(heads // kv_heads * n, width, whole_head=whole_head)
+    row_blocks = triton.cdiv(heads // kv_heads * n, sizes["BLOCK_M"])
+    full = (batch, heads, n_queries, n_keys)
+    row_kernel[(batch * kv_heads * row_blocks,)](
+        query,
+        key,
+        rows,
+        *_with_strides(positions, (batch, n), query),
+        *_with_strides(keep, (batch, n), query),
+        *_with_strides(first_key, (batch,), query),
+        *_with_strides(mask, full, query),
+        *_with_strides(bias, full, query),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        scale,
+        softcap or 1.0,
+        bound,
+        n,
+        n_keys,
+        width,
+        geometry.query_offset,
+        geometry.window or 0,
+        heads,
+        kv_heads,
+        row_blocks,
+        CAUSAL=geometry.causal,
+        HAS_WINDOW=geometry.window is not None,
+        HAS_KEEP=keep is not None,
+        HAS_FIRST=first_key is not None,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        MASK=kind,
+        UPCAST=whole_head and interpreting(),
+        LOCAL=LOCAL_WINDOW,
+        **sizes,
+        **launch_options(width, whole_head=whole_head),
+    )
+    return rows
+
+
+def _with_strides(tensor: torch.Tensor | None, shape: tuple[int, ...], absent: torch.Tensor) -> tuple[Any, ...]:
+    """What a launch passes for `tensor` seen as `shape`: it and its strides, or `absent` and zeros."""
+    if tensor is None:
+        return (absent, *(0 for _ in shape))
+    tensor = tensor.expand(shape)
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *tensor.stride())

@@ -1,0 +1,348 @@
+"""The agent: one model, one run, and everything that is measured on it.
+
+Front doors (`callback`, `observe`) tell it what the loop is doing; it tells the instruments, collects what they hand
+over, and gives it to the writer. It owns the order of things:
+
+    begin_step -> forward_begin/forward_end (each pass; the first is observed) -> before_update/after_update -> end_step
+
+Every public method may be called from a training loop: none raises (unless `strict`), none blocks. What the agent
+costs the training thread is measured here, by instrument, and stored with each step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_telemetry.cost import Meter
+from lm_telemetry.errors import ModelError
+from lm_telemetry.guard import Guard
+from lm_telemetry.hooks.activation_taps import Activation, ActivationTaps
+from lm_telemetry.hooks.attention_tap import AttentionCall, AttentionTap
+from lm_telemetry.hooks.forward_pass import ForwardPass
+from lm_telemetry.hooks.optimizer import unwrap_optimizer
+from lm_telemetry.hooks.outer import OuterTap, is_compiled
+from lm_telemetry.hooks.parameter_tap import ParameterTap
+from lm_telemetry.hooks.preserve import preserved
+from lm_telemetry.hooks.probe import Probe
+from lm_telemetry.hooks.topology import Topology, discover
+from lm_telemetry.instruments.base import Attachment, Harvest, Instrument, Tap
+from lm_telemetry.packet import Packet
+from lm_telemetry.schedule import Schedule
+from lm_telemetry.session import Session
+from lm_telemetry.settings import Settings, installed_instruments
+from lm_telemetry.step_clock import StepClock
+from lm_telemetry.subject import describe_optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lm_telemetry.instruments.base import Columns
+
+
+class Agent:
+    """Everything that is attached to one model for one run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.session = Session(settings)
+        self.guard = Guard(self.event, strict=settings.strict)
+        self.instruments = _build_instruments(settings)
+        self.schedule = Schedule(
+            {name: i.every or i.usual_every or settings.every for name, i in self.instruments.items()}
+        )
+        self.meter = Meter(self.schedule)
+        self.attached = False
+        self.step = 0
+        self.optimizer: Any = None
+        self.ends_with_forward = False
+        """whether the open step is one forward pass of inference, over when that is"""
+        self._active: list[Instrument] = []
+        self._observing = False
+        self._clock = StepClock()
+
+    def event(self, severity: str, kind: str, message: str, **fields: Any) -> None:
+        """Write a row of `events`; what happens before the run has a name is kept until then."""
+        self.session.event(severity, kind, message, step=self.step, **fields)
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check(model: Any) -> None:
+        """Refuse what cannot be observed.
+
+        Raises:
+            ModelError: it is no module, or has no parameters.
+        """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"a torch.nn.Module was expected; got {type(model).__name__}")
+        if next(iter(model.parameters()), None) is None:
+            raise ModelError(
+                f"a model with parameters was expected; {type(model).__name__} has none. Attach to the module that "
+                "holds them"
+            )
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        outer: nn.Module | None = None,
+        optimizer: Any = None,
+        before_forward: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """Put the taps on.
+
+        Args:
+            model: the bare model.
+            outer: the module the loop calls, where that is a wrapper of `model`.
+            optimizer: what steps it, if known.
+            before_forward: told of each call of the model before the agent is.
+
+        Raises:
+            ModelError: see `check`.
+        """
+        self.detach()
+        self.check(model)
+        outer = model if outer is None else outer
+        self.model = model
+        self.topology: Topology = discover(model)
+        self.probe = Probe()
+        self.parameters = ParameterTap(model)
+        self._before_forward = before_forward
+        self.set_optimizer(optimizer)
+        self.mode = self.settings.mode
+        if self.mode == "auto":
+            self.mode = "shadow" if is_compiled(outer) else "taps"
+        self._activation_taps = ActivationTaps(self.topology, self._see_activation, self.guard)
+        self._attention_tap = AttentionTap(self.topology, self._see_attention, self.guard)
+        self._outer = OuterTap(outer, model, self.forward_begin, self.forward_end)
+        self._clock = StepClock()
+        self.session.start(model)
+        if self.settings.probe is not None:
+            with self.guard("freezing the probe"):
+                self.probe.freeze(self.settings.probe, model=model)
+        attachment = Attachment(
+            model=model,
+            topology=self.topology,
+            probe=self.probe,
+            parameters=self.parameters,
+            optimizer=lambda: self.optimizer,
+            event=self.event,
+        )
+        for instrument in self.instruments.values():
+            with self.guard(f"instrument {instrument.name}"):
+                instrument.attach(attachment)
+        if self.mode == "taps":
+            self._activation_taps.install()
+            self._attention_tap.install()
+        self._outer.install()
+        self.attached = True
+        if not self.topology.sites:
+            self.event(
+                "warning",
+                "no_layers",
+                f"a list of blocks was expected in {type(model).__name__}; none was found, so layers and heads are "
+                "not measured",
+            )
+
+    def detach(self) -> None:
+        """Take everything off, write what is left, and close the store's writer."""
+        if not self.attached:
+            return
+        self.attached = False
+        with self.guard("detaching"):
+            self._outer.remove()
+            self._activation_taps.remove()
+            self._attention_tap.remove()
+            for instrument in self.instruments.values():
+                with self.guard(f"instrument {instrument.name}"):
+                    instrument.detach()
+            self.parameters.release(memory=True)
+            self._describe_run()
+            self.session.finish()
+
+    def set_optimizer(self, optimizer: Any) -> None:
+        """Tell which optimizer steps the model."""
+        self.optimizer = unwrap_optimizer(optimizer)
+        self._optimizer_columns = {} if self.optimizer is None else describe_optimizer(self.optimizer)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open."""
+        return self.attached and self._clock.open
+
+    # -- the life of a step ------------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Optimizer step number `step` (from 1) begins."""
+        if not self.attached:
+            return
+        with self.meter("agent"), self.guard("beginning a step"):
+            self.step = step
+            self._clock.begin()
+            self._active = [self.instruments[name] for name in self.schedule.due(step)]
+            self.ends_with_forward = False
+            self._unseen = True
+            for instrument in self._active:
+                self._call(instrument, "begin", step)
+
+    def forward_begin(self, batch: Mapping[str, Any]) -> None:
+        """The model is called with `batch`; the step's first call is the one that is observed."""
+        if self._before_forward is not None:
+            self._before_forward(batch)
+        if not self.in_step or not (torch.is_grad_enabled() or self.ends_with_forward):
+            return
+        with self.meter("agent"), self.guard("observing a forward pass"):
+            self._observing = True
+            self._clock.saw_batch(batch)
+            if not self.probe.frozen and any(Tap.PROBE in i.taps for i in self.instruments.values()):
+                self.probe.freeze(batch, model=self.model)
+            first, self._unseen = self._unseen, False
+            if not first or not self._wants(Tap.ACTIVATIONS, Tap.ATTENTION):
+                return
+            both = {"encoder", "decoder"} <= set(self.topology.stacks)
+            forward = ForwardPass(batch, is_encoder_decoder=both)
+            if self.mode == "shadow":
+                self._shadow(forward)
+            else:
+                self._arm(forward)
+
+    def forward_end(self, output: Any) -> None:
+        """The call of the model is over."""
+        if not self._observing:
+            return
+        with self.meter("agent"), self.guard("observing a forward pass"):
+            self._observing = False
+            self._arm(None)
+            self._clock.saw_output(output)
+        if self.ends_with_forward:
+            self.end_step()
+
+    def before_update(self) -> None:
+        """The optimizer is about to step."""
+        if not self.attached or not self._wants(Tap.UPDATE):
+            return
+        with self.meter("update"), self.guard("before an update"):
+            self.parameters.snapshot()
+            for instrument in self._due(Tap.UPDATE):
+                self._call(instrument, "before_update")
+
+    def after_update(self) -> None:
+        """The optimizer has stepped; learning rates and gradients are still those of the step."""
+        if not self.in_step:
+            return
+        with self.meter("update"), self.guard("after an update"):
+            self._clock.saw_learning_rate(self.optimizer)
+            for instrument in self._due(Tap.UPDATE):
+                self._call(instrument, "after_update")
+
+    def end_step(self, *, loss: Any = None, grad_norm: Any = None) -> None:
+        """The step is over. `loss` and `grad_norm` are what the loop knows of it, tensors or numbers."""
+        if not self.in_step:
+            return
+        with self.guard("ending a step"):
+            with self.meter("agent"):
+                for instrument in self._due(Tap.PROBE):
+                    self._call(instrument, "measure", self.step)
+                harvests = self._harvest()
+                if self._clock.learning_rate is None:
+                    self._clock.saw_learning_rate(self.optimizer)
+                self.parameters.release()
+                tensors: dict[Any, Tensor] = {
+                    (name, key): tensor for name, h in harvests.items() for key, tensor in h.tensors.items()
+                }
+                scalars, own = self._clock.end(loss=loss, grad_norm=grad_norm)
+                tensors.update({("steps", key): tensor for key, tensor in scalars.items()})
+                packet = Packet(tensors)
+                if not self.session.described:
+                    self._describe_run()
+                notes = {name: h.note for name, h in harvests.items()}
+                self._active = []
+            own["telemetry_seconds"] = [self.meter.seconds]
+            self.meter.reset()
+            self.session.submit(self.step, lambda: self._produce(packet, notes, own))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _produce(
+        self, packet: Packet, notes: Mapping[str, Any], step_columns: Mapping[str, Any]
+    ) -> Mapping[str, Columns]:
+        """Columns of all tables for one step, on the background thread."""
+        opened = packet.open()
+        host: dict[str, dict[str, Any]] = {}
+        for key, array in opened.items():
+            name, column = key  # type: ignore[misc]
+            host.setdefault(name, {})[column] = array
+        step: dict[str, Any] = {**step_columns, **{k: v.reshape(1) for k, v in host.get("steps", {}).items()}}
+        tables: dict[str, Columns] = {"steps": step}
+        for name, note in notes.items():
+            with self.guard(f"instrument {name}"):
+                for table, columns in self.instruments[name].rows(host.get(name, {}), note).items():
+                    if table == "steps":
+                        step.update(columns)
+                    else:
+                        tables[table] = columns
+        return tables
+
+    def _harvest(self) -> dict[str, Harvest]:
+        harvests: dict[str, Harvest] = {}
+        for instrument in self._active:
+            with self.meter(instrument.name), self.guard(f"instrument {instrument.name}"):
+                harvest = instrument.harvest()
+                if harvest is not None:
+                    harvests[instrument.name] = harvest
+                    self.schedule.captured(instrument.name)
+        return harvests
+
+    def _shadow(self, forward: ForwardPass) -> None:
+        """Run the batch once more beside the model's own forward, with taps on and no trace left."""
+        arguments = {k: v for k, v in forward.batch.items() if k not in {"past_key_values", "use_cache"}}
+        try:
+            self._activation_taps.install()
+            self._attention_tap.install()
+            with preserved(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self._arm(forward)
+                self.model(**arguments)
+        finally:
+            self._activation_taps.remove()
+            self._attention_tap.remove()
+
+    def _arm(self, forward: ForwardPass | None) -> None:
+        self._activation_taps.forward = forward if forward is not None and self._wants(Tap.ACTIVATIONS) else None
+        self._attention_tap.forward = forward if forward is not None and self._wants(Tap.ATTENTION) else None
+
+    def _see_activation(self, activation: Activation) -> None:
+        for instrument in self._due(Tap.ACTIVATIONS):
+            self._call(instrument, "on_activation", activation)
+
+    def _see_attention(self, call: AttentionCall) -> None:
+        for instrument in self._due(Tap.ATTENTION):
+            self._call(instrument, "on_attention", call)
+
+    def _call(self, instrument: Instrument, method: str, *args: Any) -> None:
+        with self.meter(instrument.name), self.guard(f"instrument {instrument.name}"):
+            getattr(instrument, method)(*args)
+
+    def _due(self, tap: Tap) -> list[Instrument]:
+        return [i for i in self._active if tap in i.taps]
+
+    def _wants(self, *taps: Tap) -> bool:
+        return any(tap in i.taps for i in self._active for tap in taps)
+
+    def _describe_run(self) -> None:
+        with self.guard("describing the run"):
+            self.session.describe(
+                step=self.step,
+                model=self.model,
+                topology=self.topology,
+                optimizer=self._optimizer_columns,
+                mode=self.mode,
+                probe_sha256=self.probe.sha256 if self.probe.frozen else None,
+            )
+
+
+def _build_instruments(settings: Settings) -> dict[str, Instrument]:
+    known = installed_instruments()
+    return {name: known[name].load().build(**own) for name, own in settings.instruments.items()}

@@ -1,0 +1,144 @@
+"""`critical_sharpness`: how sharp the loss is along the optimizer's own step, found with forward passes alone.
+
+Let θ be the parameters before a step of learning rate η and θ' after it, so that u = (θ - θ')/η is the direction the
+optimizer took. With η_c the smallest step along -u that raises the probe's loss above L(θ), the critical sharpness is
+λ_c = 2/η_c (arXiv 2601.16979). On a quadratic it is u'Hu / g'u. It is a curvature along one direction and no
+eigenvalue, so it stands under operator `hessian` with estimator `critical`, and without an index.
+
+`threshold` is 2/η whatever the optimizer, since u carries the optimizer's own scaling: λ_c above it says that the step
+just taken was longer than the critical one. `residual` is half the last bracket in λ, a bound of the error.
+
+The live parameters are never written: the loss is evaluated with others in their place. With several learning rates u
+is scaled by that of the first group, which the threshold uses as well, so that their ratio is right for any. A search
+without a crossing leaves a row with value NULL. Parameters in bfloat16 round a small step away; the search then sees
+a coarse loss.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lm_telemetry.catalogue import Cost
+from lm_telemetry.errors import ProbeError
+from lm_telemetry.hooks.differentiate import flat_dtype
+from lm_telemetry.hooks.optimizer import read_optimizer
+from lm_telemetry.hooks.preserve import evaluating
+from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
+from lm_telemetry.instruments.sharpness import is_share
+from lm_telemetry.kernels.line_search import critical_step
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    import numpy as np
+
+LOSS_NOISE = 8
+"""Rounding noise of the loss, relative to it, in units of the machine epsilon it is computed with."""
+
+
+@dataclass(kw_only=True)
+class CriticalSharpness(Instrument):
+    """Sharpness along the update by a line search on the frozen probe."""
+
+    name: ClassVar[str] = "critical_sharpness"
+    tables: ClassVar[tuple[str, ...]] = ("curvature",)
+    taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE, Tap.UPDATE})
+    cost: ClassVar[Cost] = Cost.FORWARD
+    usual_every: ClassVar[int | None] = 50
+
+    tolerance: float = 0.1
+    """Relative width of the bracket of η_c at which the search ends."""
+
+    max_forwards: int = 24
+    """Forward passes a search may cost."""
+
+    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
+    _learning_rate: float | None = field(default=None, init=False, repr=False, compare=False)
+    _last_eta: float | None = field(default=None, init=False, repr=False, compare=False)
+    _captured: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("tolerance", is_share(self.tolerance), "a number between 0 and 1")
+        self.require("max_forwards", type(self.max_forwards) is int and self.max_forwards >= 3, "at least 3")
+
+    def attach(self, attachment: Attachment) -> None:
+        """Keep the model, the probe, and the way to the parameters and the optimizer."""
+        self._attachment = attachment
+        self._last_eta = None
+
+    def begin(self, step: int) -> None:
+        """Forget the last capture."""
+        self._learning_rate = self._captured = None
+
+    def after_update(self) -> None:
+        """Read the learning rate while it is the one of the step."""
+        optimizer = self._attachment.optimizer() if self._attachment else None
+        self._learning_rate = None if optimizer is None else read_optimizer(optimizer).learning_rate
+
+    def measure(self, step: int) -> None:
+        """Search for the critical step."""
+        assert self._attachment is not None
+        try:
+            self._captured = self._estimate(self._attachment)
+        except ProbeError as error:
+            self._attachment.event("warning", "critical_sharpness_not_measured", str(error))
+
+    def harvest(self) -> Harvest | None:
+        """Hand over the estimate; it is plain numbers already."""
+        captured, self._captured = self._captured, None
+        return None if captured is None else Harvest(note=captured)
+
+    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
+        """One row."""
+        return {"curvature": {name: [value] for name, value in note.items()}}
+
+    def detach(self) -> None:
+        """Let go of the model."""
+        self._attachment = None
+
+    def _estimate(self, attachment: Attachment) -> dict[str, Any]:
+        began = time.perf_counter()
+        rate = self._learning_rate
+        if rate is None or rate <= 0:
+            raise ProbeError(f"the update has no direction per unit of learning rate: the learning rate is {rate}")
+        names, live = attachment.parameters.names, attachment.parameters.parameters
+        before = attachment.parameters.previous
+        if not live:
+            raise ProbeError("no parameter requires gradients: there is no update to look along")
+        if before is None:
+            raise ProbeError("the parameters before the update are not held, or not all of them for want of memory")
+        model, probe = attachment.model, attachment.probe
+
+        def loss_at(eta: float) -> float:
+            # θ - ηu, which is θ at 0 and exactly θ' at the learning rate.
+            moved = [torch.lerp(old, new.detach(), eta / rate) for old, new in zip(before, live, strict=True)]
+            # Beyond 0 a loss that is not finite is a raised one.
+            return float(probe.loss(model, dict(zip(names, moved, strict=True)), require_finite=eta == 0))
+
+        with evaluating(model), torch.no_grad():
+            found = critical_step(
+                loss_at,
+                start=self._last_eta or rate,
+                tolerance=self.tolerance,
+                max_forwards=self.max_forwards,
+                resolution=LOSS_NOISE * torch.finfo(flat_dtype(live)).eps,
+            )
+        self._last_eta = found.eta
+        return {
+            "operator": "hessian",
+            "scope": "all",
+            "estimator": "critical",
+            "derivative": "forward",
+            "value": found.sharpness,
+            "residual": found.sharpness_error,
+            "converged": found.converged,
+            "threshold": 2 / rate,
+            "forwards": found.forwards,
+            "loss": found.loss,
+            "n_tokens": probe.n_tokens,
+            "seconds": time.perf_counter() - began,
+        }

@@ -1,0 +1,151 @@
+"""One run's way to the outside: its identity, the writer of its rows, and its Prometheus endpoint.
+
+The store and the port are tried when this is built, so that a run that could not be recorded fails before it starts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lm_telemetry.guard import note_failure
+from lm_telemetry.ranks import here, identify
+from lm_telemetry.run import new_run_id
+from lm_telemetry.store import Store
+from lm_telemetry.subject import describe_run
+from lm_telemetry.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from lm_telemetry.exporters.prometheus import PrometheusExporter
+    from lm_telemetry.hooks.topology import Topology
+    from lm_telemetry.instruments.base import Columns
+    from lm_telemetry.settings import Settings
+
+CLOSE_SECONDS = 60.0
+"""How long the end of a run waits for the last rows to be written."""
+
+
+class Session:
+    """Identity, writer and endpoint of a run.
+
+    Attributes:
+        run_id: name of the run; None before `start`.
+        described: whether the row of `runs` was written.
+
+    Raises:
+        StoreError: the store cannot be written.
+        SettingsError: the port is taken.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._store = Store.open_for_writing(settings.store)
+        self._writer: Writer | None = None
+        self._early: list[tuple[str, str, str, int, dict[str, Any]]] = []
+        self._exporter = _exporter(settings)
+        self._world_size = 1
+        self.run_id: str | None = None
+        self.described = False
+
+    @property
+    def address(self) -> str | None:
+        """Where Prometheus can scrape this run; None if nothing is served."""
+        return None if self._exporter is None else self._exporter.address
+
+    def start(self, model: nn.Module) -> None:
+        """The run begins: it gets its name, and its writer starts."""
+        self._store = Store.open_for_writing(self._settings.store)
+        identity = identify(
+            lambda: self._settings.run_id or new_run_id(type(model).__name__), self._store.claim_attempt
+        )
+        self.run_id = identity.run_id
+        self.described = False
+        self._world_size = identity.place.world_size
+        if self._exporter is None:
+            self._exporter = _exporter(self._settings)
+        observers = []
+        if self._exporter is not None:
+            self._exporter.start(run_id=identity.run_id, rank=identity.place.rank, model_class=type(model).__name__)
+            observers.append(self._exporter)
+        self._writer = Writer(
+            self._store,
+            run_id=identity.run_id,
+            rank=identity.place.rank,
+            attempt=identity.attempt,
+            flush_seconds=self._settings.flush_seconds,
+            observers=observers,
+        )
+        for severity, kind, message, step, fields in self._early:
+            self._writer.event(severity, kind, message, step=step, **fields)
+        self._early.clear()
+        if identity.problem is not None:
+            self.event(
+                "warning",
+                "ranks_apart",
+                f"all ranks were to share one run; this one is on its own: {identity.problem}. Give `run_id`, or "
+                "attach after the process group is initialised",
+                step=0,
+            )
+
+    def event(self, severity: str, kind: str, message: str, *, step: int, **fields: Any) -> None:
+        """A row of `events`; kept until the run has a name."""
+        if self._writer is None:
+            self._early.append((severity, kind, message, step, fields))
+        else:
+            self._writer.event(severity, kind, message, step=step, **fields)
+
+    def submit(self, step: int, produce: Callable[[], Mapping[str, Columns]]) -> None:
+        """Rows of a step, to be produced on the writer's thread."""
+        if self._writer is not None:
+            self._writer.submit(step, produce)
+
+    def describe(
+        self,
+        *,
+        step: int,
+        model: nn.Module,
+        topology: Topology,
+        optimizer: dict[str, Any],
+        mode: str,
+        probe_sha256: str | None,
+    ) -> None:
+        """Write the run's own row, once."""
+        if self.described or self._writer is None:
+            return
+        self.described = True
+        columns = describe_run(
+            settings=self._settings,
+            model=model,
+            topology=topology,
+            optimizer=optimizer,
+            mode=mode,
+            world_size=self._world_size,
+            probe_sha256=probe_sha256,
+        )
+        self._writer.submit(step, lambda: {"runs": columns})
+
+    def flush(self, timeout: float = CLOSE_SECONDS) -> bool:
+        """Wait until what was captured is on disk; whether it is."""
+        return self._writer is None or self._writer.flush(timeout)
+
+    def finish(self) -> None:
+        """The run is over: write what is left, close the endpoint."""
+        if self._writer is not None:
+            if not self._writer.close(CLOSE_SECONDS):
+                note_failure("not all captured rows could be written", self._writer.stats)
+            self._writer = None
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
+
+
+def _exporter(settings: Settings) -> PrometheusExporter | None:
+    if settings.prometheus_port is None:
+        return None
+    from lm_telemetry.exporters.prometheus import PrometheusExporter
+
+    port = settings.prometheus_port
+    return PrometheusExporter(port + here().local_rank if port else 0)

@@ -1,0 +1,362 @@
+r"""The background writer: takes captures from the training thread and puts them on disk, without ever holding it up.
+
+    submit -> bounded queue -> [thread] produce() -> Arrow tables in memory -> parts in the store
+                                            \-> observers (Prometheus)
+
+Decisions:
+
+- The queue is a `SimpleQueue`, whose `put` neither waits nor takes a lock that a signal handler could meet. When it is
+  full, the capture is dropped and counted, and an event says how many once there is room.
+- A flush that fails (disk full, directory deleted, read-only) leaves the rows in memory, and is tried again at the next
+  one. Past a bound the oldest rows go, counted. An event tells when writing works again.
+- `produce` and observers are other people's code: what they raise becomes an event, and the writer goes on.
+- A forked child has no thread: there everything is a no-op, so that a data loader's worker can neither write nor hang.
+- Rows captured before the interpreter exits are flushed by `atexit`.
+
+Left out: deciding what to capture (the agent), and how a file is made durable (`store`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+
+from lm_telemetry.columns import ColumnError, to_table
+from lm_telemetry.errors import StoreError
+from lm_telemetry.events import Event, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lm_telemetry.instruments.base import Columns
+    from lm_telemetry.store import Store
+
+FLUSH_BYTES = 16 * 2**20
+"""Rows in memory that bring a flush forward."""
+
+KEEP_BYTES = 256 * 2**20
+"""Rows kept in memory while nothing can be written; beyond it the oldest go."""
+
+EVENT_RESERVE = 1024
+"""Places in the queue that only events may take, so that a flood of captures cannot silence them."""
+
+EXIT_SECONDS = 30.0
+"""How long the interpreter's exit waits for the last flush."""
+
+_COUNTS = ("rows", "parts", "bytes", "dropped_rows", "capture_failures", "flush_failures", "pending_rows")
+
+_log = logging.getLogger("lm_telemetry")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterStats:
+    """What the writer has done so far."""
+
+    rows: int = 0
+    """rows on disk"""
+    parts: int = 0
+    """files on disk"""
+    bytes: int = 0
+    """bytes of them"""
+    dropped_captures: int = 0
+    """captures and events refused because the queue was full"""
+    dropped_rows: int = 0
+    """rows given up because nothing could be written for too long"""
+    capture_failures: int = 0
+    """captures that raised or did not fit the catalogue"""
+    flush_failures: int = 0
+    """flushes that did not reach the disk"""
+    queued: int = 0
+    """captures and events waiting for the thread"""
+    pending_rows: int = 0
+    """rows in memory, waiting for a flush"""
+
+
+class Observer(Protocol):
+    """Who wants to see rows as they are produced; called on the writer's thread."""
+
+    def observe(self, table: str, rows: pa.Table) -> None:
+        """A batch of rows of `table` with all its columns, before it is on disk."""
+
+    def flushed(self, stats: WriterStats) -> None:
+        """A flush was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Capture:
+    step: int
+    time_us: int
+    produce: Callable[[], Mapping[str, Columns]]
+
+
+@dataclass(slots=True)
+class _Marker:
+    """Asks for a flush, and, if `last`, for the end."""
+
+    last: bool
+    done: threading.Event = field(default_factory=threading.Event)
+    written: bool = False
+
+
+class Writer:
+    """Writes captures of one rank of one run in a thread of its own; use as `submit ... submit, close`."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        run_id: str,
+        rank: int,
+        attempt: int,
+        flush_seconds: float,
+        capacity: int = 4096,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._store = store
+        self._run_id, self._rank, self._attempt = run_id, rank, attempt
+        self._flush_seconds = flush_seconds
+        self._capacity = capacity
+        self._observers = list(observers)
+        self._told_of: set[int] = set()
+        self._manifest = store.read_manifest(run_id, rank, attempt)
+        self._first_seq = store.next_seq(run_id, rank, attempt)
+        self._seq: dict[str, int] = {}
+        self._queue: SimpleQueue[_Capture | Event | _Marker] = SimpleQueue()
+        self._pending: deque[tuple[str, pa.Table]] = deque()
+        self._pending_bytes = 0
+        self._manifest_is_old = True
+        self._failing_since: float | None = None
+        self._failed_before = 0
+        self._last_step = 0
+        self._refused_lock = threading.RLock()
+        self._refused = self._told_refused = self._told_lost = 0
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._pid = os.getpid()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"lm-telemetry-writer-{run_id}-{rank}", daemon=True)
+        self._thread.start()
+        atexit.register(self._at_exit)
+
+    # On the caller's threads.
+
+    def submit(self, step: int, produce: Callable[[], Mapping[str, Columns]]) -> bool:
+        """Hand over a capture, stamped with the time now; `produce` gives its columns by table, on the thread.
+
+        False if the queue is full (the capture is dropped and counted), after `close`, and in a forked child.
+        """
+        if self._closing or os.getpid() != self._pid:
+            return False
+        if self._queue.qsize() >= self._capacity:
+            self._refuse()
+            return False
+        self._queue.put(_Capture(step, time.time_ns() // 1000, produce))
+        return True
+
+    def event(self, severity: str, kind: str, message: str, *, step: int, **fields: Any) -> None:
+        """Record a row of `events`; any `fields` will do, and nothing is raised."""
+        if self._closing or os.getpid() != self._pid:
+            return
+        if self._queue.qsize() >= self._capacity + EVENT_RESERVE:
+            self._refuse()
+            return
+        self._queue.put(Event.now(severity, kind, message, step, fields))
+
+    def flush(self, timeout: float) -> bool:
+        """Whether all that was submitted before is on disk, waiting `timeout` seconds at most."""
+        return not self._closing and self._ask(_Marker(last=False), timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Write what is left, end the thread; whether all is on disk. A second call only waits for the first."""
+        if os.getpid() != self._pid:
+            return False
+        if self._closing:
+            self._thread.join(timeout)
+            return not self._thread.is_alive() and not self._pending
+        self._closing = True
+        atexit.unregister(self._at_exit)
+        began = time.monotonic()
+        written = self._ask(_Marker(last=True), timeout)
+        self._thread.join(max(0.0, timeout - (time.monotonic() - began)))
+        return written
+
+    @property
+    def stats(self) -> WriterStats:
+        """A snapshot of what was done so far."""
+        return WriterStats(**self._counts, dropped_captures=self._refused, queued=self._queue.qsize())
+
+    def _refuse(self) -> None:
+        with self._refused_lock:
+            self._refused += 1
+
+    def _ask(self, marker: _Marker, timeout: float) -> bool:
+        if os.getpid() != self._pid or not self._thread.is_alive():
+            return False
+        self._queue.put(marker)
+        return marker.done.wait(timeout) and marker.written
+
+    def _at_exit(self) -> None:
+        self.close(EXIT_SECONDS)
+
+    # On the writer's thread.
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._flush_seconds
+        while True:
+            item: _Capture | Event | _Marker | None
+            try:
+                item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
+            except Empty:
+                item = None
+            if isinstance(item, _Capture):
+                self._capture(item)
+            elif isinstance(item, Event):
+                self._keep_event(item)
+            early = self._pending_bytes >= FLUSH_BYTES and self._failing_since is None
+            if isinstance(item, _Marker) or early or time.monotonic() >= due:
+                written = self._flush()
+                due = time.monotonic() + self._flush_seconds
+                if isinstance(item, _Marker):
+                    item.written = written
+                    item.done.set()
+                    if item.last:
+                        return
+
+    def _capture(self, capture: _Capture) -> None:
+        self._last_step = capture.step
+        produced, error = _contained(capture.produce)
+        if error is not None:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            self._lost(capture.step, error, where=f"{frame.filename}:{frame.lineno} in {frame.name}")
+        for table, columns in (produced or {}).items():
+            try:
+                self._keep(table, columns, capture.step, capture.time_us)
+            except ColumnError as misfit:
+                self._lost(capture.step, misfit, table=misfit.table, column=misfit.column)
+        if self._refused > self._told_refused and self._queue.qsize() < self._capacity:
+            count, self._told_refused = self._refused - self._told_refused, self._refused
+            self._tell(
+                "warning",
+                "rows_dropped",
+                f"{count} captures were dropped while {self._capacity} were waiting; capture less often",
+                captures=count,
+            )
+
+    def _lost(self, step: int, error: Exception, **fields: Any) -> None:
+        self._counts["capture_failures"] += 1
+        self._keep_event(Event.now("error", "capture_failed", f"a capture was lost: {describe(error)}", step, fields))
+
+    def _tell(self, severity: str, kind: str, message: str, **fields: Any) -> None:
+        self._keep_event(Event.now(severity, kind, message, self._last_step, fields))
+
+    def _keep_event(self, event: Event) -> None:
+        self._keep("events", event.columns, event.step, event.time_us)
+
+    def _keep(self, table: str, columns: Columns, step: int, time_us: int) -> None:
+        rows = to_table(table, columns, attempt=self._attempt, step=step, time_us=time_us)
+        if rows.num_rows == 0:
+            return
+        self._pending.append((table, rows))
+        self._pending_bytes += _weight(rows)
+        self._counts["pending_rows"] += rows.num_rows
+        while self._pending_bytes > KEEP_BYTES:
+            _, oldest = self._pending.popleft()
+            self._pending_bytes -= _weight(oldest)
+            self._counts["pending_rows"] -= oldest.num_rows
+            self._counts["dropped_rows"] += oldest.num_rows
+        self._show(lambda observer: observer.observe(table, rows))
+
+    def _show(self, call: Callable[[Observer], None]) -> None:
+        """Call each observer; of one that raises an event tells once, and it is called again next time."""
+        for observer in self._observers:
+            _, error = _contained(partial(call, observer))
+            if error is not None and id(observer) not in self._told_of:
+                self._told_of.add(id(observer))
+                self._tell("error", "observer_failed", f"{type(observer).__name__} raised {describe(error)}")
+
+    def _flush(self) -> bool:
+        """Write all that is in memory; whether all of it, and the manifest, is on disk."""
+        error = self._write()
+        if error is not None:
+            self._counts["flush_failures"] += 1
+            if self._failing_since is None:
+                self._failing_since, self._failed_before = time.monotonic(), self._counts["flush_failures"] - 1
+                message = f"rows stay in memory and are tried again: {error}"
+                _log.warning("lm-telemetry: %s", message)
+                self._tell("error", "flush_failed", message, path=error.path)
+        elif self._failing_since is not None:
+            self._tell(
+                "warning",
+                "flush_recovered",
+                "writing works again",
+                failures=self._counts["flush_failures"] - self._failed_before,
+                seconds=time.monotonic() - self._failing_since,
+                rows_lost=self._counts["dropped_rows"] - self._told_lost,
+            )
+            self._failing_since, self._told_lost = None, self._counts["dropped_rows"]
+            error = self._write()
+        self._show(lambda observer: observer.flushed(self.stats))
+        return error is None
+
+    def _write(self) -> StoreError | None:
+        """Parts for what is in memory, then the manifest; the last error, having tried every table."""
+        if self._manifest.parts and not self._store.path.is_dir():
+            parts = len(self._manifest.parts)
+            self._manifest.parts, self._manifest.sealed = [], []
+            self._tell("error", "store_deleted", "the store was deleted; it is made again", parts=parts)
+        batches: dict[str, list[pa.Table]] = {}
+        for table, rows in self._pending:
+            batches.setdefault(table, []).append(rows)
+        failure: StoreError | None = None
+        for table, tables in batches.items():
+            rows = pa.concat_tables(tables)
+            seq = self._seq.get(table, self._first_seq)
+            try:
+                part = self._store.write_part(
+                    rows, table=table, seq=seq, run_id=self._run_id, rank=self._rank, attempt=self._attempt
+                )
+            except StoreError as error:
+                failure = error
+                continue
+            self._seq[table] = seq + 1
+            self._manifest.parts.append(part)
+            self._manifest_is_old = True
+            self._pending = deque((t, r) for t, r in self._pending if t != table)
+            self._pending_bytes -= sum(map(_weight, tables))
+            for count, amount in (
+                ("rows", part.rows),
+                ("parts", 1),
+                ("bytes", part.bytes),
+                ("pending_rows", -part.rows),
+            ):
+                self._counts[count] += amount
+        if self._manifest_is_old:
+            try:
+                self._store.write_manifest(self._manifest)
+                self._manifest_is_old = False
+            except StoreError as error:
+                failure = error
+        return failure
+
+
+def _contained(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `call` returns, or what it raised: the one guard around other people's code on the writer's thread."""
+    try:
+        return call(), None
+    except Exception as error:  # noqa: BLE001 an instrument's or observer's bug must not end the writer
+        return None, error
+
+
+def _weight(rows: pa.Table) -> int:
+    """Bytes a small table holds in memory, with some 4 KiB for its Python and Arrow objects."""
+    return int(rows.nbytes) + 4096
