@@ -89,7 +89,7 @@ class Latest:
         self._telemetry_seconds = 0.0
         self._stats: WriterStats | None = None
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def observe(self, table: str, rows: pa.Table) -> None:
         """Take in a batch of rows of one step."""
@@ -193,7 +193,8 @@ class Latest:
             self._set("params", "update_ratio", layers, f"update_ratio_{stat}", stat)
 
 
-def _group(rows: pa.Table, keys: tuple[str, ...], aggregations: list[tuple[str, str]]) -> pa.Table:
+def _group(rows: pa.Table, keys: tuple[str, ...], aggregations: Any) -> pa.Table:
+    """`rows` grouped by `keys`; `aggregations` as pyarrow takes them, pairs of column and function."""
     return rows.group_by(list(keys), use_threads=False).aggregate(aggregations)
 
 

@@ -1,8 +1,8 @@
 """A very small HTTP server: one page of bytes, to whoever asks on this machine.
 
 It never computes: it hands out what was last `publish`ed, so that a scrape costs the training next to nothing. Why not
-`prometheus_client.start_http_server`: that one renders at each request, listens on all interfaces by default, and has no
-limit on connections that say nothing.
+`prometheus_client.start_http_server`: that one renders at each request, listens on all interfaces by default, and has
+no limit on connections that say nothing.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class PageServer:
                 value=port,
             ) from error
         self._pid = os.getpid()
-        host, bound = self._server.server_address
-        self.address = f"http://{host}:{bound}{PATH}"
+        self.address = f"http://{HOST}:{self._server.server_address[1]}{PATH}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="lm-telemetry-metrics", daemon=True
         )

@@ -62,11 +62,10 @@ class ActivationTaps:
     def install(self) -> None:
         """Put the hooks on."""
         for site in self._topology.sites:
-            tap = _Tap(self, site)
             if site.reads_input:
-                handle = site.module.register_forward_pre_hook(tap.read_input, with_kwargs=True)
+                handle = site.module.register_forward_pre_hook(_InputTap(self, site), with_kwargs=True)
             else:
-                handle = site.module.register_forward_hook(tap)
+                handle = site.module.register_forward_hook(_OutputTap(self, site))
             self._handles.append(handle)
 
     def remove(self) -> None:
@@ -90,11 +89,19 @@ class _Tap(Inert):
         self.taps = taps
         self.site = site
 
+
+class _OutputTap(_Tap):
+    __slots__ = ()
+
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.taps.forward is not None:
             self.taps.see(self.site, output)
 
-    def read_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+class _InputTap(_Tap):
+    __slots__ = ()
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.taps.forward is not None:
             self.taps.see(self.site, args[0] if args else kwargs.get("hidden_states"))
 

@@ -138,4 +138,5 @@ def _adam_diagonal(state: dict[str, Any], group: dict[str, Any] | None, paramete
     second: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     second = second.to(flat_dtype([parameter]))
     root = torch.sqrt(second / (1 - beta2**step))
-    return (root + float(group["eps"])) * (1 - beta1**step)
+    diagonal: Tensor = (root + float(group["eps"])) * (1 - beta1**step)
+    return diagonal

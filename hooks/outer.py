@@ -50,10 +50,9 @@ class OuterTap:
             self._compiled_call = self._outer._compiled_call_impl
             self._outer._compiled_call_impl = _CompiledCall(self, self._compiled_call)
             return
-        hook = _OuterHook(self)
         self._handles = [
-            self._outer.register_forward_pre_hook(hook.before, with_kwargs=True),
-            self._outer.register_forward_hook(hook),
+            self._outer.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            self._outer.register_forward_hook(_After(self)),
         ]
 
     def remove(self) -> None:
@@ -73,14 +72,22 @@ class OuterTap:
         self._end(output)
 
 
-class _OuterHook(Inert):
+class _Hook(Inert):
     __slots__ = ("tap",)
 
     def __init__(self, tap: OuterTap) -> None:
         self.tap = tap
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+class _Before(_Hook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap.before(args, kwargs)
+
+
+class _After(_Hook):
+    __slots__ = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.tap.after(output)
@@ -102,7 +109,8 @@ class _CompiledCall(Inert):
 
 def _argument_names(model: nn.Module) -> list[str]:
     """Names of the positional arguments of a model's forward, adapters looked through."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
     parameters = list(inspect.signature(type(inner).forward).parameters.values())[1:]
     positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     return [p.name for p in parameters if p.kind in positional]

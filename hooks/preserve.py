@@ -95,11 +95,8 @@ def _keep_gradients(stack: ExitStack, model: nn.Module) -> None:
     stack.callback(restore)
 
 
-# The registry of buffers is read directly, since the objects in it are what is kept; and `_version` is the only
-# witness of a write that needs no copy.
-
-
 def _keep_buffers(stack: ExitStack, model: nn.Module) -> None:
+    # The registry itself is read, since a forward may put another tensor in place of a buffer.
     slots = [(module, dict(module._buffers)) for module in model.modules()]
     copies: list[tuple[Tensor, Tensor]] = []
     watched: list[tuple[str, Tensor, int]] = []

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lm_telemetry.errors import ProbeError
 
@@ -126,8 +127,27 @@ class Probe:
         if loss.numel() != 1:
             raise ProbeError(f"{type(model).__name__} returned a loss of shape {tuple(loss.shape)}; expected a scalar")
         if require_finite and not bool(torch.isfinite(loss)):
-            raise ProbeError(f"the loss on the probe is {float(loss)}: no derivative of it means anything")
+            raise ProbeError(f"the loss on the probe is {float(loss.detach())}: no derivative of it means anything")
         return loss.reshape(())
+
+    def precision(self, model: nn.Module) -> torch.dtype:
+        """The dtype the model computes in: autocast's where its forward enters one, else that of its parameters.
+
+        Costs one forward pass. To be called as `loss` is.
+        """
+        seen: list[torch.dtype] = []
+
+        def look(module: nn.Module, _: Any) -> None:
+            device = next((t.device.type for t in module.parameters()), None)
+            if device is not None and torch.is_autocast_enabled(device):
+                seen.append(torch.get_autocast_dtype(device))
+
+        handle = register_module_forward_pre_hook(look)
+        try:
+            self.loss(model, require_finite=False)
+        finally:
+            handle.remove()
+        return seen[0] if seen else next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def eager() -> AbstractContextManager[None]:

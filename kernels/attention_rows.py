@@ -43,7 +43,15 @@ from lm_telemetry.kernels.attention_rows_geometry import (
 from lm_telemetry.kernels.attention_rows_twin import row_statistics
 from lm_telemetry.kernels.dispatch import choose, launching_on
 
-__all__ = ["LOCAL_WINDOW", "MAX_HEAD_DIM", "RAW_COLUMNS", "RowGeometry", "attention_rows", "attention_rows_at", "row_geometry"]
+__all__ = [
+    "LOCAL_WINDOW",
+    "MAX_HEAD_DIM",
+    "RAW_COLUMNS",
+    "RowGeometry",
+    "attention_rows",
+    "attention_rows_at",
+    "row_geometry",
+]
 
 MAX_HEAD_DIM = 256
 """Widest head the kernel takes: a block of queries and one of keys lie in shared memory."""

@@ -35,6 +35,9 @@ RAW_COLUMNS = (
 
 MAX_LOGIT = RAW_COLUMNS.index("max_logit")
 
+KEY_BLOCK = 32
+"""Keys the kernel takes at a time. With 64, masks and biases spill registers on Hopper."""
+
 LOCAL_WINDOW = 16
 """Keys fewer than this many positions away count as local."""
 
@@ -118,8 +121,13 @@ class RowGeometry:
         return torch.where(self.visible, value, HIDDEN)
 
     @cached_property
+    def padded_mask(self) -> torch.Tensor:
+        """`added` in rows that begin at aligned addresses, for the kernel."""
+        return aligned(self.added)
+
+    @cached_property
     def log_visible(self) -> torch.Tensor:
-        """(1 or B, 1 or Hq, n) float32: the largest entropy of each row; inf where one key is seen, so that 0 / it is 0."""
+        """(1 or B, 1 or Hq, n) float32: largest entropy of each row; inf where one key is seen: 0 / inf is 0."""
         return torch.where(self.n_visible > 1, self.n_visible.log(), torch.inf)
 
     @cached_property
@@ -131,9 +139,10 @@ class RowGeometry:
         offset = self._offsets
         distance = offset.abs()
         keys = torch.arange(self.n_keys, device=offset.device)
-        first = keys == (0 if self.first_key is None else self.first_key[:, None, None])
+        first = (keys == 0)[None, None] if self.first_key is None else keys == self.first_key[:, None, None]
         columns = (torch.ones_like(offset), distance, distance < LOCAL_WINDOW, offset == 1, first)
-        return torch.stack(torch.broadcast_tensors(*[column.float() for column in columns]), dim=-1)
+        shape = (max(len(offset), len(first)), *offset.shape[1:])
+        return torch.stack([column.float().expand(shape) for column in columns], dim=-1)
 
     @cached_property
     def blank(self) -> torch.Tensor:
@@ -174,7 +183,9 @@ def row_geometry(
         raise ValueError(
             f"row_geometry: expected positions (n,) or (B, n), int64; got {tuple(positions.shape)}, {positions.dtype}"
         )
-    if keep is not None and (keep.dtype != torch.bool or keep.shape[-1] != positions.shape[-1] or keep.ndim > 2):
+    if keep is not None and (
+        keep.dtype != torch.bool or keep.ndim not in {1, 2} or keep.shape[-1] != positions.shape[-1]
+    ):
         raise ValueError(f"row_geometry: expected keep like positions, bool; got {tuple(keep.shape)}, {keep.dtype}")
     if mask is not None:
         if not (mask.dtype == torch.bool or mask.is_floating_point()) or mask.ndim > 4:
@@ -188,8 +199,8 @@ def row_geometry(
     if first_key is not None and first_key.ndim != 1:
         raise ValueError(f"row_geometry: expected first_key of shape (B,); got {tuple(first_key.shape)}")
     return RowGeometry(
-        positions=positions.reshape(-1, positions.shape[-1]),
-        keep=None if keep is None else keep.reshape(-1, keep.shape[-1]),
+        positions=positions if positions.ndim == 2 else positions[None],
+        keep=keep if keep is None or keep.ndim == 2 else keep[None],
         n_keys=n_keys,
         causal=causal,
         query_offset=query_offset,
@@ -206,6 +217,11 @@ def rows_of(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     batch, heads, _, last = (len(positions), *tensor.shape[1:])
     index = positions[:, None, :, None].expand(batch, heads, -1, last)
     return tensor.expand(batch, -1, -1, -1).gather(2, index)
+
+
+def aligned(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` (..., X) in float32, X padded to whole blocks: the kernel reads them unguarded, four entries at a time."""
+    return torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % KEY_BLOCK))
 
 
 def four_axes(tensor: torch.Tensor) -> torch.Tensor:

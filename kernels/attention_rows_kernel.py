@@ -19,6 +19,10 @@ Decisions:
 Left out: splitting one row's keys over programs; with a few dozen sampled queries a layer it is not needed.
 """
 
+# ruff: noqa: PLR0917  -- a launch passes its arguments by position
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a kernel are pointers or numbers, as the launch decides.
+
 from __future__ import annotations
 
 from typing import Any
@@ -27,10 +31,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lm_telemetry.kernels.attention_rows_geometry import LOCAL_WINDOW, RAW_COLUMNS, RowGeometry, hiding_bound
+from lm_telemetry.kernels.attention_rows_geometry import (
+    HIDDEN,
+    KEY_BLOCK,
+    LOCAL_WINDOW,
+    RAW_COLUMNS,
+    RowGeometry,
+    aligned,
+    rows_of,
+)
 from lm_telemetry.kernels.dispatch import interpreting
-
-NO_MASK, BOOL_MASK, ADDITIVE_MASK = range(3)
 
 _PIECE = 32
 """Channels of a float32 head that are multiplied at a time."""
@@ -53,13 +63,11 @@ def row_kernel(
     mask,
     mask_b,
     mask_h,
-    mask_q,
-    mask_k,
+    mask_n,
     bias,
     bias_b,
     bias_h,
-    bias_q,
-    bias_k,
+    bias_n,
     query_b,
     query_h,
     query_s,
@@ -68,7 +76,6 @@ def row_kernel(
     key_s,
     scale,
     softcap,
-    hiding_bound,
     n,
     n_keys,
     width,
@@ -83,14 +90,15 @@ def row_kernel(
     HAS_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     UPCAST: tl.constexpr,
     LOCAL: tl.constexpr,
+    HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PIECE: tl.constexpr,
-):
+) -> None:
     """Writes rows (B, Hq, n, 12) float32 for the sampled positions; strides are in elements."""
     stripe = tl.program_id(0) // row_blocks
     b = (stripe // kv_heads).to(tl.int64)
@@ -111,6 +119,8 @@ def row_kernel(
     channel = tl.arange(0, PIECE)
     query_row = query + b * query_b + head.to(tl.int64) * query_h + position * query_s
     key_head = key + b * key_b + kv.to(tl.int64) * key_h
+    mask_row = mask + b * mask_b + head.to(tl.int64) * mask_h + sample.to(tl.int64) * mask_n
+    bias_row = bias + b * bias_b + head.to(tl.int64) * bias_h + sample.to(tl.int64) * bias_n
     if PIECE == BLOCK_D:
         q = tl.load(query_row[:, None] + channel[None, :], mask=live[:, None] & (channel < width)[None, :], other=0.0)
         if UPCAST:
@@ -125,7 +135,6 @@ def row_kernel(
     local = tl.zeros([BLOCK_M], tl.float32)
     distance = tl.zeros([BLOCK_M], tl.float32)
     seen = tl.zeros([BLOCK_M], tl.float32)
-    broken = tl.zeros([BLOCK_M], tl.float32)
 
     begin = 0
     end = n_keys
@@ -138,7 +147,8 @@ def row_kernel(
         there = j < n_keys
         key_row = key_head + j.to(tl.int64) * key_s
         if PIECE == BLOCK_D:
-            k = tl.load(key_row[None, :] + channel[:, None], mask=there[None, :] & (channel < width)[:, None], other=0.0)
+            guard = there[None, :] & (channel < width)[:, None]
+            k = tl.load(key_row[None, :] + channel[:, None], mask=guard, other=0.0)
             if UPCAST:
                 k = k.to(tl.float32)
             s = tl.dot(q, k, input_precision="ieee")
@@ -146,16 +156,14 @@ def row_kernel(
             s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for piece in range(0, BLOCK_D, PIECE):
                 c = piece + channel
-                inside = c < width
-                q = tl.load(query_row[:, None] + c[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-                k = tl.load(key_row[None, :] + c[:, None], mask=there[None, :] & inside[:, None], other=0.0)
+                q = tl.load(query_row[:, None] + c[None, :], mask=live[:, None] & (c < width)[None, :], other=0.0)
+                k = tl.load(key_row[None, :] + c[:, None], mask=there[None, :] & (c < width)[:, None], other=0.0)
                 s = tl.dot(q, k, s, input_precision="ieee")
         s = s * scale
         visible = live[:, None] & there[None, :]
         behind = at[:, None] - j[None, :]
         if HAS_BIAS:
-            into = bias + b * bias_b + (head.to(tl.int64) * bias_h + position * bias_q)[:, None] + j[None, :] * bias_k
-            s += tl.load(into, mask=visible, other=0.0).to(tl.float32)
+            s += tl.load(bias_row[:, None] + j[None, :], mask=live[:, None], other=0.0)
         if HAS_SOFTCAP:
             # tanh(x) = sign(x) (1 - t) / (1 + t), t = e^(-2|x|): no overflow, and the same code on every backend
             x = s / softcap
@@ -165,18 +173,13 @@ def row_kernel(
             visible = visible & (behind >= 0)
         if HAS_WINDOW:
             visible = visible & (behind < window)
-        if MASK != 0:
-            into = mask + b * mask_b + (head.to(tl.int64) * mask_h + position * mask_q)[:, None] + j[None, :] * mask_k
-            if MASK == 1:
-                visible = visible & (tl.load(into, mask=visible, other=0) != 0)
-            else:
-                added = tl.load(into, mask=visible, other=float("-inf")).to(tl.float32)
-                visible = visible & (added > hiding_bound)
-                s += tl.where(visible, added, 0.0)
-        seen += tl.sum(visible.to(tl.float32), 1)
-        finite = tl.abs(s) < float("inf")
-        broken += tl.sum((visible & (finite == 0)).to(tl.float32), 1)
-        s = tl.where(visible & finite, s, float("-inf"))
+        if HAS_MASK:
+            added = tl.load(mask_row[:, None] + j[None, :], mask=live[:, None], other=HIDDEN)
+            visible = visible & (added > HIDDEN / 2)
+            s += added
+        # 0 * s is NaN where s is not finite, and stays: one sum counts the visible keys and remembers a broken row.
+        seen += tl.sum(tl.where(visible, 1.0 + 0.0 * s, 0.0), 1)
+        s = tl.where(visible & (tl.abs(s) < float("inf")), s, float("-inf"))
 
         larger = tl.maximum(m, tl.max(s, 1))
         reference = tl.where(larger == float("-inf"), 0.0, larger)
@@ -193,7 +196,7 @@ def row_kernel(
         distance = a * distance + tl.sum(e * tl.abs(behind).to(tl.float32), 1)
         m = larger
 
-    known = live & (seen > 0) & (broken == 0)
+    known = live & (seen > 0)  # False of NaN
     total = tl.where(known, total, 1.0)
     log_total = tl.log(total)
     entropy = tl.maximum(log_total - u / total, 0.0)
@@ -211,21 +214,20 @@ def row_kernel(
     tl.store(row + 8, tl.where(known, previous / total, 0.0), mask=stored)
     tl.store(row + 9, tl.where(known, local / total, 0.0), mask=stored)
     tl.store(row + 10, tl.where(known, distance / total, 0.0), mask=stored)
-    tl.store(row + 11, (live & (broken > 0)).to(tl.float32), mask=stored)
+    tl.store(row + 11, (live & (seen != seen)).to(tl.float32), mask=stored)  # noqa: PLR0124  -- of NaN
 
 
 def block_sizes(n_rows: int, width: int, *, whole_head: bool) -> dict[str, int]:
     """Block sizes for `n_rows` rows a key-value head and heads of `width` channels."""
     block_m = min(64, max(16, triton.next_power_of_2(n_rows)))
-    if whole_head:
-        block_d = max(16, triton.next_power_of_2(width))
-        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": block_d, "PIECE": block_d}
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_D": triton.cdiv(width, _PIECE) * _PIECE, "PIECE": _PIECE}
+    block_d = max(16, triton.next_power_of_2(width)) if whole_head else triton.cdiv(width, _PIECE) * _PIECE
+    piece = block_d if whole_head else _PIECE
+    return {"BLOCK_M": block_m, "BLOCK_N": KEY_BLOCK, "BLOCK_D": block_d, "PIECE": piece}
 
 
-def launch_options(width: int, *, whole_head: bool) -> dict[str, int]:
-    """Warps, and stages of the pipeline of loads, for heads of `width` channels."""
-    return {"num_warps": 4, "num_stages": 2 if whole_head and width <= 128 else 1}
+def launch_options(*, whole_head: bool) -> dict[str, int | bool]:
+    """Warps, stages of the pipeline of loads, and whether products and sums may fuse (Triton's default is changing)."""
+    return {"num_warps": 4, "num_stages": 2 if whole_head else 1, "enable_fp_fusion": True}
 
 
 def launch(
@@ -238,17 +240,15 @@ def launch(
     softcap: float | None,
 ) -> torch.Tensor:
     """Rows (B, Hq, n, 12) float32; arguments as in `attention_rows.attention_rows_at`, checked there."""
-    (batch, heads, n_queries, width), (_, kv_heads, n_keys, _) = query.shape, key.shape
+    (batch, heads, _, width), (_, kv_heads, n_keys, _) = query.shape, key.shape
     n = geometry.positions.shape[1]
     rows = torch.empty(batch, heads, n, len(RAW_COLUMNS), dtype=torch.float32, device=query.device)
-    positions, keep, mask, first_key = geometry.positions, geometry.keep, geometry.mask, geometry.first_key
-    kind, bound = NO_MASK, 0.0
-    if mask is not None:
-        kind, bound = (BOOL_MASK, 0.0) if mask.dtype == torch.bool else (ADDITIVE_MASK, hiding_bound(mask.dtype))
+    positions, keep, first_key = geometry.positions, geometry.keep, geometry.first_key
+    mask = None if geometry.mask is None else geometry.padded_mask
+    bias = None if bias is None else aligned(rows_of(bias, positions))
     whole_head = query.dtype != torch.float32
     sizes = block_sizes(heads // kv_heads * n, width, whole_head=whole_head)
     row_blocks = triton.cdiv(heads // kv_heads * n, sizes["BLOCK_M"])
-    full = (batch, heads, n_queries, n_keys)
     row_kernel[(batch * kv_heads * row_blocks,)](
         query,
         key,
@@ -256,13 +256,12 @@ def launch(
         *_with_strides(positions, (batch, n), query),
         *_with_strides(keep, (batch, n), query),
         *_with_strides(first_key, (batch,), query),
-        *_with_strides(mask, full, query),
-        *_with_strides(bias, full, query),
+        *_with_strides(mask, (batch, heads, n, -1), query)[:4],
+        *_with_strides(bias, (batch, heads, n, -1), query)[:4],
         *query.stride()[:3],
         *key.stride()[:3],
         scale,
         softcap or 1.0,
-        bound,
         n,
         n_keys,
         width,
@@ -277,11 +276,12 @@ def launch(
         HAS_FIRST=first_key is not None,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        MASK=kind,
+        HAS_MASK=mask is not None,
         UPCAST=whole_head and interpreting(),
         LOCAL=LOCAL_WINDOW,
+        HIDDEN=HIDDEN,
         **sizes,
-        **launch_options(width, whole_head=whole_head),
+        **launch_options(whole_head=whole_head),
     )
     return rows
 

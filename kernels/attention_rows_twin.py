@@ -20,7 +20,8 @@ _BLOCK = 1 << 18
 """Scores worked on at a time, in whole sequences: 1 MiB in float32."""
 
 _FLOOR = -80.0
-"""Least s - max: e^-80 is lost beside 1, and below -87 the vectorised exp of CPUs is a hundred times slower."""
+"""Least s - max. A hidden key so keeps e^-80 = 2e-35 of the largest probability, which is lost beside anything; below
+-87 the vectorised exp of CPUs is a hundred times slower."""
 
 
 def row_statistics(
@@ -93,7 +94,7 @@ def _statistics(scores: torch.Tensor, geometry: RowGeometry, part: slice) -> tor
     largest = scores.amax(-1)
     shifted = scores.sub_(largest[..., None]).clamp_(min=_FLOOR)
     linear, u, squares = _sums(shifted, _of(geometry.weights, part))
-    return _columns(largest, linear, u, squares, geometry, part, broken)
+    return _columns(largest, linear, u, squares, geometry=geometry, part=part, broken=broken)
 
 
 def _sane(scores: torch.Tensor, counted: torch.Tensor) -> bool:
@@ -121,6 +122,7 @@ def _columns(
     linear: torch.Tensor,
     u: torch.Tensor,
     squares: torch.Tensor,
+    *,
     geometry: RowGeometry,
     part: slice,
     broken: torch.Tensor | None,

@@ -76,8 +76,8 @@ def critical_step(
         loss0: L(0) if it is known.
         tolerance: high/low - 1 of the final bracket, that is, the relative error of η.
         max_forwards: losses evaluated at most.
-        resolution: noise of the loss relative to |L(0)|; a loss that differs from L(0) by no more is neither raised
-            nor lowered.
+        resolution: noise of the loss relative to |L(0)|. While a bracket is looked for, a loss within it of L(0) is
+            not raised, and no search succeeds without a loss below L(0) by more.
 
     Raises:
         ValueError: arguments that make no search, or L(0) not finite.
@@ -96,7 +96,8 @@ def critical_step(
         loss = loss_at(eta)
         forwards += 1
         descended = descended or loss < loss0 - noise
-        if loss <= loss0 + noise:
+        bracketed = low > 0.0 and high < math.inf
+        if loss <= (loss0 if bracketed else loss0 + noise):
             low = eta
             if high < math.inf and not descended:
                 break  # halved down to where the loss is flat: it rises from 0 on, as far as can be told

@@ -26,6 +26,8 @@ import torch
 from lm_telemetry.kernels.dispatch import choose, launching_on
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 RAW_COLUMNS = ("count", "nonfinite", "mean", "m2", "m3", "m4", "absmax", "zeros", "outliers")
@@ -163,8 +165,8 @@ def _unmasked_moments(x: torch.Tensor) -> torch.Tensor:
     step = max(1, _BLOCK // D)
     deviations, powers = x.new_empty(2, min(step, G * N), D, dtype=torch.float32)
     per_token = x.new_empty(8, G * N, dtype=torch.float32)
-    for here, into in zip(x.reshape(G * N, D).split(step), per_token.split(step, 1), strict=True):
-        centre, s1, s2, s3, root_s4, zeros, outliers, largest = into
+    for here, into in zip(torch.split(x.reshape(G * N, D), step), torch.split(per_token, step, 1), strict=True):
+        centre, s1, s2, s3, s4, zeros, outliers, largest = into
         here = here.float()  # noqa: PLW2901  -- the same entries, in the dtype of the sums
         deviation, power = deviations[: len(here)], powers[: len(here)]
         torch.mean(here, -1, out=centre)
@@ -172,16 +174,16 @@ def _unmasked_moments(x: torch.Tensor) -> torch.Tensor:
         torch.sum(deviation, -1, out=s1)
         torch.mul(deviation, deviation, out=power)
         torch.sum(power, -1, out=s2)
-        torch.linalg.vector_norm(power, dim=-1, out=root_s4)
-        torch.sum(power.mul_(deviation), -1, out=s3)
+        torch.sum(deviation.mul_(power), -1, out=s3)
+        torch.sum(power.mul_(power), -1, out=s4)
         torch.sum(torch.eq(here, 0, out=power), -1, out=zeros)
         magnitude = torch.abs(here, out=deviation)
         torch.amax(magnitude, -1, out=largest)
         mean_square = (2 * centre * s1).add_(s2).div_(D).addcmul_(centre, centre)
         bound = mean_square.sqrt_().mul_(OUTLIER_RMS)
         torch.sum(torch.gt(magnitude, bound[:, None], out=power), -1, out=outliers)
-    centre, s1, s2, s3, root_s4, zeros, outliers, largest = per_token.double().view(8, G, N)
-    mean, m2, m3, m4 = _merge(torch.full_like(s1, D), centre, s1, s2, s3, root_s4.square())
+    centre, s1, s2, s3, s4, zeros, outliers, largest = per_token.double().view(8, G, N)
+    mean, m2, m3, m4 = _merge(torch.full_like(s1, D), centre, (s1, s2, s3, s4))
     count = torch.full_like(mean, N * D)
     nothing = torch.zeros_like(mean)
     return torch.stack((count, nothing, mean, m2, m3, m4, largest.amax(1), zeros.sum(1), outliers.sum(1)), -1)
@@ -197,7 +199,7 @@ def _masked_moments(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     centre = entries.sum(-1) / per_token
     deviation = torch.where(finite, entries - centre[..., None], 0)
     powers = [deviation, deviation**2, deviation**3, deviation**4]
-    mean, m2, m3, m4 = _merge(count, centre, *(power.sum(-1) for power in powers))
+    mean, m2, m3, m4 = _merge(count, centre, [power.sum(-1) for power in powers])
     magnitude = entries.abs()
     bound = OUTLIER_RMS * (entries.square().sum(-1) / per_token).sqrt()
     return torch.stack(
@@ -222,17 +224,13 @@ def _largest(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def _merge(
-    count: torch.Tensor,
-    centre: torch.Tensor,
-    s1: torch.Tensor,
-    s2: torch.Tensor,
-    s3: torch.Tensor,
-    s4: torch.Tensor,
+    count: torch.Tensor, centre: torch.Tensor, sums: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and m2..m4 over the last axis, from float64 sums s_k of powers of deviations from each token's centre.
+    """Mean and m2..m4 over the last axis, from float64 sums s1..s4 of powers of deviations from each token's centre.
 
     With d = mean - centre, sum (x - mean)^k is the binomial sum over the token's (x - centre) - d.
     """
+    s1, s2, s3, s4 = sums
     total = count.sum(-1).clamp(min=1)
     mean = (count * centre + s1).sum(-1) / total
     d = mean[..., None] - centre

@@ -4,11 +4,15 @@
 `merge_tiles`, one program, brings the tiles to the common mean in float64 by the binomial formulas of `moments`.
 There are no atomics, so a result does not depend on the order in which programs run.
 
-Within a tile the entries are divided by a power of two near their largest magnitude. That is exact, and keeps fourth
-powers inside float32 for every float32 input.
+Within a tile the entries are divided by a power of two near their largest magnitude, and for a token's RMS by one near
+the token's. That is exact, and keeps fourth powers inside float32 for every float32 input.
 
 Left out: tokens wider than `moments.MAX_WIDTH`; rows whose entries are not adjacent. The twin takes those.
 """
+
+# ruff: noqa: PLR0917  -- a launch passes its arguments by position
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a kernel are pointers or numbers, as the launch decides.
 
 from __future__ import annotations
 
@@ -21,6 +25,13 @@ PARTIALS = 10
 
 _TILE = 4096
 """Entries of a tile when a token has fewer: 32 a thread for four warps."""
+
+
+@triton.jit
+def power_of_two(x):  # noqa: ANN201  -- a pair of whatever x is a tensor of
+    """The power of two at or below x >= 0, kept from the ends of float32's range, and its inverse; both exact."""
+    exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,7 +48,7 @@ def tile_moments(
     HAS_KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+) -> None:
     """Reduces BLOCK_N taken rows of x (N, width) to one row of partials (tiles, 10) float64."""
     tile = tl.program_id(0)
     taken = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -45,7 +56,7 @@ def tile_moments(
     used = taken < n
     if HAS_KEEP:
         used = used & (tl.load(keep + taken, mask=used, other=0) != 0)
-    if HAS_ROWS:
+    if HAS_ROWS:  # noqa: SIM108  -- a constexpr branch; an expression would compile both
         row = tl.load(rows + taken, mask=used, other=0).to(tl.int64)
     else:
         row = taken.to(tl.int64)
@@ -53,12 +64,9 @@ def tile_moments(
     entry = tl.load(x + row[:, None] * stride + column[None, :], mask=used, other=0.0).to(tl.float32)
     finite = used & (tl.abs(entry) < float("inf"))
     entry = tl.where(finite, entry, 0.0)
-    absmax = tl.max(tl.max(tl.abs(entry), 1), 0)
-
-    # The power of two below absmax, from its exponent bits; its inverse has the mirrored exponent, 254 - e.
-    exponent = tl.minimum(tl.maximum(absmax.to(tl.int32, bitcast=True) >> 23, 1), 253)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    row_absmax = tl.max(tl.abs(entry), 1)
+    absmax = tl.max(row_absmax, 0)
+    scale, inverse = power_of_two(absmax)
     y = entry * inverse
 
     per_row = tl.sum(finite.to(tl.float32), 1)
@@ -71,7 +79,9 @@ def tile_moments(
     s3 = tl.sum(tl.sum(squared * d, 1), 0)
     s4 = tl.sum(tl.sum(squared * squared, 1), 0)
 
-    square = y * y
+    _, row_inverse = power_of_two(row_absmax)
+    square = entry * row_inverse[:, None]
+    square = square * square
     mean_square = tl.sum(square, 1) / tl.maximum(per_row, 1.0)
     outlier = square > (outlier_rms * outlier_rms) * mean_square[:, None]
     nonfinite = tl.sum(tl.sum((used & (finite == 0)).to(tl.float32), 1), 0)
@@ -93,7 +103,7 @@ def tile_moments(
 
 
 @triton.jit
-def merge_tiles(partials, out, tiles, BLOCK: tl.constexpr):
+def merge_tiles(partials, out, tiles, BLOCK: tl.constexpr) -> None:
     """Brings partials (tiles, 10) to the common mean: out (9,) float64, the columns of `moments.RAW_COLUMNS`."""
     lane = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.float64)
@@ -176,6 +186,7 @@ def launch(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
-    merge_tiles[(1,)](partials, result, tiles, BLOCK=128, num_warps=4)
+    merge_tiles[(1,)](partials, result, tiles, BLOCK=128, num_warps=4, enable_fp_fusion=True)
     return out if result is out else out.copy_(result)

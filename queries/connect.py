@@ -72,7 +72,9 @@ def confine(connection: duckdb.DuckDBPyConnection, store: str | os.PathLike[str]
 
     DuckDB has no read-only directories: COPY and ATTACH inside the store must be kept out by their kind.
     """
-    connection.execute(f"SET allowed_directories = [{_text(str(Path(store).absolute()))}]")
+    root = str(Path(store).absolute())
+    # A glob is checked by its text, so that the path is allowed as the views spell it, too.
+    connection.execute(f"SET allowed_directories = [{_text(root)}, {_text(_escape_glob(root))}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
@@ -101,12 +103,12 @@ def _select(connection: duckdb.DuckDBPyConnection, root: Path, table: str) -> st
     types = ", ".join(f"{c}: {t}" for c, t in _PARTITION_TYPES.items())
     pattern = _text(f"{_escape_glob(str(root))}/{table}/run_id=*/rank=*/*.parquet")
     parts = f"read_parquet({pattern}, union_by_name = true, hive_partitioning = true, hive_types = {{{types}}})"
-    present = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {parts}").fetchall()]
+    present = connection.sql(f"FROM {parts}").columns
     known = {*PARTITIONS, *(m.name for m in catalogued)}
     chosen = [_name(c) for c in PARTITIONS]
     chosen += [_column(m, is_present=m.name in present) for m in catalogued]
     chosen += [_name(c) for c in present if c not in known]
-    return f"SELECT {', '.join(chosen)} FROM {parts}"
+    return f"SELECT {', '.join(chosen)} FROM {parts}"  # noqa: S608 names and texts are quoted; views take no parameters
 
 
 def _column(metric: Metric, *, is_present: bool) -> str:

@@ -11,8 +11,11 @@ costs the training thread is measured here, by instrument, and stored with each 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +40,7 @@ from lm_telemetry.step_clock import StepClock
 from lm_telemetry.subject import describe_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from lm_telemetry.instruments.base import Columns
 
@@ -61,6 +64,8 @@ class Agent:
         """whether the open step is one forward pass of inference, over when that is"""
         self._active: list[Instrument] = []
         self._observing = False
+        self._probing = False
+        """whether a forward pass that comes now is our own"""
         self._clock = StepClock()
 
     def event(self, severity: str, kind: str, message: str, **fields: Any) -> None:
@@ -190,6 +195,8 @@ class Agent:
 
     def forward_begin(self, batch: Mapping[str, Any]) -> None:
         """The model is called with `batch`; the step's first call is the one that is observed."""
+        if self._probing:
+            return
         if self._before_forward is not None:
             self._before_forward(batch)
         if not self.in_step or not (torch.is_grad_enabled() or self.ends_with_forward):
@@ -211,7 +218,7 @@ class Agent:
 
     def forward_end(self, output: Any) -> None:
         """The call of the model is over."""
-        if not self._observing:
+        if self._probing or not self._observing:
             return
         with self.meter("agent"), self.guard("observing a forward pass"):
             self._observing = False
@@ -222,11 +229,12 @@ class Agent:
 
     def before_update(self) -> None:
         """The optimizer is about to step."""
-        if not self.attached or not self._wants(Tap.UPDATE):
+        if not self.in_step or not self._active:
             return
         with self.meter("update"), self.guard("before an update"):
-            self.parameters.snapshot()
-            for instrument in self._due(Tap.UPDATE):
+            if self._wants(Tap.UPDATE):
+                self.parameters.snapshot()
+            for instrument in self._active:
                 self._call(instrument, "before_update")
 
     def after_update(self) -> None:
@@ -235,7 +243,7 @@ class Agent:
             return
         with self.meter("update"), self.guard("after an update"):
             self._clock.saw_learning_rate(self.optimizer)
-            for instrument in self._due(Tap.UPDATE):
+            for instrument in self._active:
                 self._call(instrument, "after_update")
 
     def end_step(self, *, loss: Any = None, grad_norm: Any = None) -> None:
@@ -244,13 +252,14 @@ class Agent:
             return
         with self.guard("ending a step"):
             with self.meter("agent"):
-                for instrument in self._due(Tap.PROBE):
-                    self._call(instrument, "measure", self.step)
+                with self._own_forwards():
+                    for instrument in self._due(Tap.PROBE):
+                        self._call(instrument, "measure", self.step)
                 harvests = self._harvest()
                 if self._clock.learning_rate is None:
                     self._clock.saw_learning_rate(self.optimizer)
                 self.parameters.release()
-                tensors: dict[Any, Tensor] = {
+                tensors: dict[tuple[str, str], Tensor] = {
                     (name, key): tensor for name, h in harvests.items() for key, tensor in h.tensors.items()
                 }
                 scalars, own = self._clock.end(loss=loss, grad_norm=grad_norm)
@@ -262,29 +271,28 @@ class Agent:
                 self._active = []
             own["telemetry_seconds"] = [self.meter.seconds]
             self.meter.reset()
-            self.session.submit(self.step, lambda: self._produce(packet, notes, own))
+            for name, note in notes.items():
+                self.session.submit(self.step, partial(self._instrument_rows, name, note, packet, own))
+            self.session.submit(self.step, partial(self._step_row, packet, own))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _produce(
-        self, packet: Packet, notes: Mapping[str, Any], step_columns: Mapping[str, Any]
+    # The next two run on the writer's thread, one after the other, the step's own row last.
+
+    def _instrument_rows(
+        self, name: str, note: Any, packet: Packet, step_columns: dict[str, Any]
     ) -> Mapping[str, Columns]:
-        """Columns of all tables for one step, on the background thread."""
-        opened = packet.open()
-        host: dict[str, dict[str, Any]] = {}
-        for key, array in opened.items():
-            name, column = key  # type: ignore[misc]
-            host.setdefault(name, {})[column] = array
-        step: dict[str, Any] = {**step_columns, **{k: v.reshape(1) for k, v in host.get("steps", {}).items()}}
-        tables: dict[str, Columns] = {"steps": step}
-        for name, note in notes.items():
-            with self.guard(f"instrument {name}"):
-                for table, columns in self.instruments[name].rows(host.get(name, {}), note).items():
-                    if table == "steps":
-                        step.update(columns)
-                    else:
-                        tables[table] = columns
+        host = {column: array for (owner, column), array in packet.open().items() if owner == name}
+        tables = dict(self.instruments[name].rows(host, note))
+        step_columns.update(tables.pop("steps", {}))  # what it can say of the step itself
         return tables
+
+    @staticmethod
+    def _step_row(packet: Packet, step_columns: dict[str, Any]) -> Mapping[str, Columns]:
+        scalars = {column: array.reshape(1) for (owner, column), array in packet.open().items() if owner == "steps"}
+        if "tokens" in scalars:
+            scalars["tokens"] = scalars["tokens"].astype(np.int64)
+        return {"steps": {**step_columns, **scalars}}
 
     def _harvest(self) -> dict[str, Harvest]:
         harvests: dict[str, Harvest] = {}
@@ -302,12 +310,20 @@ class Agent:
         try:
             self._activation_taps.install()
             self._attention_tap.install()
-            with preserved(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with self._own_forwards(), preserved(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 self._arm(forward)
                 self.model(**arguments)
         finally:
             self._activation_taps.remove()
             self._attention_tap.remove()
+
+    @contextmanager
+    def _own_forwards(self) -> Iterator[None]:
+        self._probing = True
+        try:
+            yield
+        finally:
+            self._probing = False
 
     def _arm(self, forward: ForwardPass | None) -> None:
         self._activation_taps.forward = forward if forward is not None and self._wants(Tap.ACTIVATIONS) else None

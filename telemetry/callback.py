@@ -46,6 +46,10 @@ class TelemetryCallback(TrainerCallback):
         """Where Prometheus can scrape this run; None if nothing is served."""
         return self._agent.session.address
 
+    def flush(self) -> bool:
+        """Wait until what was captured is on disk; whether it is."""
+        return self._agent.session.flush()
+
     def close(self) -> None:
         """Detach and write what is left; for runs that end by an exception, where the Trainer tells nobody."""
         if self._tap is not None:

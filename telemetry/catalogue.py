@@ -81,7 +81,7 @@ PARTITIONS: tuple[str, ...] = ("run_id", "rank")
 def _rows(
     table: str,
     cost: Cost,
-    lines: Iterable[tuple[str, ColumnType, str, str] | tuple[str, ColumnType, str, str, str]],
+    lines: Iterable[_Line],
     *,
     exported: tuple[str, ...] = (),
     keys: tuple[str, ...] = (),
@@ -117,8 +117,11 @@ def _rows(
         )
 
 
-_STACK = ("stack", "string", "", "which tower the layer belongs to: `decoder`, `encoder`, or the module's name")
-_LAYER = ("layer", "int32", "1", "index of the block within its stack, from 0")
+_Line = tuple[str, ColumnType, str, str] | tuple[str, ColumnType, str, str, str]
+"""name, type, unit, meaning, and the source if there is one"""
+
+_STACK: _Line = ("stack", "string", "", "which tower the layer belongs to: `decoder`, `encoder`, or the module's name")
+_LAYER: _Line = ("layer", "int32", "1", "index of the block within its stack, from 0")
 
 CATALOGUE: tuple[Metric, ...] = (
     *_rows(

@@ -100,8 +100,11 @@ def _array(table: str, field: pa.Field[Any], values: Any) -> pa.Array[Any]:
             return array
         entries = [None if value is np.ma.masked else value for value in values]
         if pa.types.is_integer(field.type):
-            # Given the type, pa.array truncates 1.5 in a list to 1 without a word; the cast refuses.
-            array = pa.array(entries, from_pandas=False).cast(field.type)
+            # Given the type, pa.array truncates 1.5 in a list to 1 without a word; the cast refuses, but reads text.
+            inferred = pa.array(entries, from_pandas=False)
+            array = (
+                pa.array(entries, type=field.type) if pa.types.is_string(inferred.type) else inferred.cast(field.type)
+            )
         else:
             array = pa.array(entries, type=field.type, from_pandas=False)
         return array

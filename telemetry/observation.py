@@ -128,13 +128,16 @@ class observe:  # noqa: N801 a context manager that reads as a verb
             ]
 
 
+WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+
+
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers: `torch.compile`, DDP, DataParallel, FSDP1."""
+    """The model inside its wrappers: `torch.compile`, DDP, DataParallel, FSDP."""
     while True:
-        inner = model.__dict__.get("_orig_mod") or getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel"}:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in WRAPPERS:
             inner = model.module
-        if inner is None:
+        if not isinstance(inner, torch.nn.Module):
             return model
         model = inner
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -21,10 +21,11 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Packet:
-    """Tensors on their way to the host."""
+    """Tensors on their way to the host, by (instrument, name)."""
 
-    def __init__(self, tensors: Mapping[Hashable, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         self._layout = [(key, tuple(t.shape), t.numel()) for key, t in tensors.items()]
+        self._opened: dict[tuple[str, str], Array] | None = None
         self._copied: torch.cuda.Event | None = None
         pieces = [t.detach().reshape(-1).to(torch.float64) for t in tensors.values()]
         devices = {p.device for p in pieces if p.device.type != "cpu"}
@@ -35,19 +36,22 @@ class Packet:
         if flat.is_cuda:
             self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._host.copy_(flat, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(flat.device))
         else:
             self._host = flat.cpu()
 
-    def open(self) -> dict[Hashable, Array]:
-        """The tensors as float64 arrays, on the background thread."""
+    def open(self) -> dict[tuple[str, str], Array]:
+        """The tensors as float64 arrays, on the background thread; a second call gives the same arrays."""
+        if self._opened is not None:
+            return self._opened
         if self._copied is not None:
             self._copied.synchronize()
         flat = self._host.numpy()
-        opened: dict[Hashable, Array] = {}
+        opened: dict[tuple[str, str], Array] = {}
         start = 0
         for key, shape, count in self._layout:
             opened[key] = flat[start : start + count].reshape(shape)
             start += count
+        self._opened = opened
         return opened

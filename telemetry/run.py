@@ -1,6 +1,6 @@
 """Who a run is: its name, its rank, and what it ran on. No torch here.
 
-A run's name is made once and told to all ranks by the caller (`shared_run_id`): what launchers put into the environment
+A run's name is made by one rank and told to the others (`ranks`): what launchers put into the environment
 (`TORCHELASTIC_RUN_ID`, `MASTER_PORT`) repeats from launch to launch, so no rank could derive a unique one by itself.
 """
 
@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_telemetry.errors import SettingsError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 PACKAGES = ("lm-telemetry", "torch", "transformers", "accelerate", "triton", "numpy", "pyarrow", "peft", "trl")
 """Distributions whose versions are recorded with a run."""
@@ -50,11 +47,6 @@ def new_run_id(model_class: str | None = None) -> str:
     return f"{word}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def shared_run_id(model_class: str | None, broadcast: Callable[[str], str]) -> str:
-    """One new name for all ranks; `broadcast` returns on every rank what rank 0 gave it."""
-    return broadcast(new_run_id(model_class))
-
-
 def placement() -> Placement:
     """Rank, local rank and world size as torchrun, accelerate and DeepSpeed set them; alone without them.
 
@@ -67,7 +59,7 @@ def placement() -> Placement:
     )
     if found.rank >= found.world_size:
         raise SettingsError(
-            f"RANK must be below WORLD_SIZE; got {found.rank} of {found.world_size}. Unset both, or start with torchrun",
+            f"RANK must be below WORLD_SIZE; got {found.rank} of {found.world_size}; unset both or use torchrun",
             setting="RANK",
             value=found.rank,
         )

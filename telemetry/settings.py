@@ -67,10 +67,10 @@ class Settings:
     """Whether errors of the agent are raised instead of recorded as events. For tests and debugging."""
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.store, str | os.PathLike) and str(self.store), "store", self.store, "a path")
+        _check(_is_path(self.store), "store", self.store, "a path")
         object.__setattr__(self, "store", os.fspath(self.store))
         _check(
-            self.run_id is None or (isinstance(self.run_id, str) and bool(_RUN_ID.fullmatch(self.run_id))),
+            self.run_id is None or _is_run_id(self.run_id),
             "run_id",
             self.run_id,
             "up to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit (it becomes a directory)",
@@ -153,9 +153,17 @@ def _instruments(given: Any) -> Mapping[str, Mapping[str, Any]]:
     return result
 
 
-def _check(holds: bool | str, setting: str, value: Any, expected: str) -> None:
+def _check(holds: bool, setting: str, value: Any, expected: str) -> None:
     if not holds:
         raise SettingsError(f"{setting}: expected {expected}; got {value!r}", setting=setting, value=value)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(str(value))
+
+
+def _is_run_id(value: Any) -> bool:
+    return isinstance(value, str) and bool(_RUN_ID.fullmatch(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -24,7 +24,6 @@ import os
 import threading
 import time
 import traceback
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -35,6 +34,7 @@ import pyarrow as pa
 from lm_telemetry.columns import ColumnError, to_table
 from lm_telemetry.errors import StoreError
 from lm_telemetry.events import Event, describe
+from lm_telemetry.pending import Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,16 +45,13 @@ if TYPE_CHECKING:
 FLUSH_BYTES = 16 * 2**20
 """Rows in memory that bring a flush forward."""
 
-KEEP_BYTES = 256 * 2**20
-"""Rows kept in memory while nothing can be written; beyond it the oldest go."""
-
 EVENT_RESERVE = 1024
 """Places in the queue that only events may take, so that a flood of captures cannot silence them."""
 
 EXIT_SECONDS = 30.0
 """How long the interpreter's exit waits for the last flush."""
 
-_COUNTS = ("rows", "parts", "bytes", "dropped_rows", "capture_failures", "flush_failures", "pending_rows")
+_COUNTS = ("rows", "parts", "bytes", "dropped_rows", "capture_failures", "flush_failures")
 
 _log = logging.getLogger("lm_telemetry")
 
@@ -133,8 +130,7 @@ class Writer:
         self._first_seq = store.next_seq(run_id, rank, attempt)
         self._seq: dict[str, int] = {}
         self._queue: SimpleQueue[_Capture | Event | _Marker] = SimpleQueue()
-        self._pending: deque[tuple[str, pa.Table]] = deque()
-        self._pending_bytes = 0
+        self._pending = Pending()
         self._manifest_is_old = True
         self._failing_since: float | None = None
         self._failed_before = 0
@@ -142,6 +138,9 @@ class Writer:
         self._refused_lock = threading.RLock()
         self._refused = self._told_refused = self._told_lost = 0
         self._counts = dict.fromkeys(_COUNTS, 0)
+        # pyarrow imports pandas, where it is installed, when it first sees a list. Better here than on the thread, in
+        # the middle of training, or at the interpreter's exit, where that import raises.
+        pa.array([0])
         self._pid = os.getpid()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"lm-telemetry-writer-{run_id}-{rank}", daemon=True)
@@ -182,7 +181,7 @@ class Writer:
             return False
         if self._closing:
             self._thread.join(timeout)
-            return not self._thread.is_alive() and not self._pending
+            return not self._thread.is_alive() and not self._pending.rows
         self._closing = True
         atexit.unregister(self._at_exit)
         began = time.monotonic()
@@ -193,7 +192,12 @@ class Writer:
     @property
     def stats(self) -> WriterStats:
         """A snapshot of what was done so far."""
-        return WriterStats(**self._counts, dropped_captures=self._refused, queued=self._queue.qsize())
+        return WriterStats(
+            **self._counts,
+            dropped_captures=self._refused,
+            queued=self._queue.qsize(),
+            pending_rows=self._pending.rows,
+        )
 
     def _refuse(self) -> None:
         with self._refused_lock:
@@ -218,22 +222,32 @@ class Writer:
                 item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
             except Empty:
                 item = None
-            if isinstance(item, _Capture):
-                self._capture(item)
-            elif isinstance(item, Event):
-                self._keep_event(item)
-            early = self._pending_bytes >= FLUSH_BYTES and self._failing_since is None
+            if isinstance(item, _Capture | Event):
+                _, error = _contained(partial(self._take, item))
+                if error is not None:
+                    _contained(partial(self._lost, item.step, error))
+                    _log.warning("lm-telemetry: a capture was lost: %s", describe(error))
+            early = self._pending.bytes >= FLUSH_BYTES and self._failing_since is None
             if isinstance(item, _Marker) or early or time.monotonic() >= due:
-                written = self._flush()
+                written, error = _contained(self._flush)
+                if error is not None:
+                    self._counts["flush_failures"] += 1
+                    _log.warning("lm-telemetry: a flush failed: %s", describe(error))
                 due = time.monotonic() + self._flush_seconds
                 if isinstance(item, _Marker):
-                    item.written = written
+                    item.written = bool(written)
                     item.done.set()
                     if item.last:
                         return
 
+    def _take(self, item: _Capture | Event) -> None:
+        self._last_step = item.step
+        if isinstance(item, Event):
+            self._keep_event(item)
+        else:
+            self._capture(item)
+
     def _capture(self, capture: _Capture) -> None:
-        self._last_step = capture.step
         produced, error = _contained(capture.produce)
         if error is not None:
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -266,14 +280,7 @@ class Writer:
         rows = to_table(table, columns, attempt=self._attempt, step=step, time_us=time_us)
         if rows.num_rows == 0:
             return
-        self._pending.append((table, rows))
-        self._pending_bytes += _weight(rows)
-        self._counts["pending_rows"] += rows.num_rows
-        while self._pending_bytes > KEEP_BYTES:
-            _, oldest = self._pending.popleft()
-            self._pending_bytes -= _weight(oldest)
-            self._counts["pending_rows"] -= oldest.num_rows
-            self._counts["dropped_rows"] += oldest.num_rows
+        self._counts["dropped_rows"] += self._pending.add(table, rows)
         self._show(lambda observer: observer.observe(table, rows))
 
     def _show(self, call: Callable[[Observer], None]) -> None:
@@ -304,8 +311,9 @@ class Writer:
                 rows_lost=self._counts["dropped_rows"] - self._told_lost,
             )
             self._failing_since, self._told_lost = None, self._counts["dropped_rows"]
-            error = self._write()
         self._show(lambda observer: observer.flushed(self.stats))
+        if error is None and self._pending.rows:  # events of this very flush
+            error = self._write()
         return error is None
 
     def _write(self) -> StoreError | None:
@@ -314,12 +322,8 @@ class Writer:
             parts = len(self._manifest.parts)
             self._manifest.parts, self._manifest.sealed = [], []
             self._tell("error", "store_deleted", "the store was deleted; it is made again", parts=parts)
-        batches: dict[str, list[pa.Table]] = {}
-        for table, rows in self._pending:
-            batches.setdefault(table, []).append(rows)
         failure: StoreError | None = None
-        for table, tables in batches.items():
-            rows = pa.concat_tables(tables)
+        for table, rows in self._pending.by_table().items():
             seq = self._seq.get(table, self._first_seq)
             try:
                 part = self._store.write_part(
@@ -331,14 +335,8 @@ class Writer:
             self._seq[table] = seq + 1
             self._manifest.parts.append(part)
             self._manifest_is_old = True
-            self._pending = deque((t, r) for t, r in self._pending if t != table)
-            self._pending_bytes -= sum(map(_weight, tables))
-            for count, amount in (
-                ("rows", part.rows),
-                ("parts", 1),
-                ("bytes", part.bytes),
-                ("pending_rows", -part.rows),
-            ):
+            self._pending.forget(table)
+            for count, amount in (("rows", part.rows), ("parts", 1), ("bytes", part.bytes)):
                 self._counts[count] += amount
         if self._manifest_is_old:
             try:
@@ -350,13 +348,8 @@ class Writer:
 
 
 def _contained(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `call` returns, or what it raised: the one guard around other people's code on the writer's thread."""
+    """What `call` returns, or what it raised: the one guard of the writer's thread, which nothing would restart."""
     try:
         return call(), None
-    except Exception as error:  # noqa: BLE001 an instrument's or observer's bug must not end the writer
+    except Exception as error:  # noqa: BLE001 no bug of an instrument, an observer or our own may end the thread
         return None, error
-
-
-def _weight(rows: pa.Table) -> int:
-    """Bytes a small table holds in memory, with some 4 KiB for its Python and Arrow objects."""
-    return int(rows.nbytes) + 4096

@@ -1,20 +1,20 @@
 -- question: Which attention heads are in trouble, and how did they change over the run?
 -- columns:
 --   run_id []: name of the run
---   rank []: rank of the process
+--   rank [1]: rank of the process
 --   stack []: tower of the layer
---   layer []: index of the block
+--   layer [1]: index of the block
 --   kind []: self or cross attention
---   head []: index of the query head
---   first_step []: first captured step
---   last_step []: last captured step
+--   head [1]: index of the query head
+--   first_step [1]: first captured step
+--   last_step [1]: last captured step
 --   first_entropy [nats]: mean entropy of the head's rows at the first captured step
 --   entropy [nats]: the same at the last captured step
 --   entropy_change [nats]: last less first
 --   normalized_entropy [1]: entropy over its largest possible value, at the last captured step
 --   sink_mass [1]: mean probability of the first key, at the last captured step
 --   max_logit [nats]: largest logit, at the last captured step
---   nonfinite []: sampled rows with NaN or infinite logits, at the last captured step
+--   nonfinite [1]: sampled rows with NaN or infinite logits, at the last captured step
 --   flag []: `ok`, or what holds of these, in this order: `nonfinite` (any such row), `entropy collapse` (normalized
 --     entropy below 0.05), `logit growth` (largest logit above 50), `sink` (more than half of the mass on the first key)
 -- source: entropy collapse precedes divergence, arXiv 2303.06296; growth of attention logits, arXiv 2309.14322; sinks,

@@ -1,19 +1,19 @@
 -- question: How near is the run to the edge of stability, by each estimate of curvature that has a threshold?
 -- columns:
 --   run_id []: name of the run
---   rank []: rank of the process
---   attempt []: launch of the run
---   step []: optimizer step
+--   rank [1]: rank of the process
+--   attempt [1]: launch of the run
+--   step [1]: optimizer step
 --   operator []: which matrix: hessian, preconditioned, gauss_newton
 --   scope []: all trainable parameters, or a layer
 --   estimator []: how it was estimated
---   index []: which eigenvalue, 0 the largest; NULL where it has no meaning
---   value []: the estimate
---   threshold []: the value at which the optimizer's linearised dynamics become unstable
+--   index [1]: which eigenvalue, 0 the largest; NULL where it has no meaning
+--   value [1]: the estimate
+--   threshold [1]: the value at which the optimizer's linearised dynamics become unstable
 --   ratio [1]: value over threshold; progressive sharpening brings it to about 1
 --   at_edge []: whether the ratio is above 0.9
---   stderr []: standard error of a stochastic estimate
---   residual []: residual of the estimate
+--   stderr [1]: standard error of a stochastic estimate
+--   residual [1]: residual of the estimate
 --   converged []: whether the stopping rule was met
 --   training_loss [nats]: training loss of the last step with one, up to this step
 -- source: 2/lr for gradient descent, arXiv 2103.00065; (2+2b1)/((1-b1) lr) on the preconditioned Hessian for Adam, arXiv

@@ -1,20 +1,20 @@
 -- question: Which layers explode, die, or carry massive activations, and how fast do they grow?
 -- columns:
 --   run_id []: name of the run
---   rank []: rank of the process
+--   rank [1]: rank of the process
 --   stack []: tower of the layer
---   layer []: index of the block
+--   layer [1]: index of the block
 --   site []: where in the block
---   first_step []: first captured step
---   last_step []: last captured step
---   first_rms []: root mean square of the activations at the first captured step
---   rms []: the same at the last captured step
+--   first_step [1]: first captured step
+--   last_step [1]: last captured step
+--   first_rms [1]: root mean square of the activations at the first captured step
+--   rms [1]: the same at the last captured step
 --   growth [1]: last RMS over first
 --   growth_per_1000_steps [1]: the factor that, applied every 1,000 steps, makes this growth; NULL with a single step
 --   kurtosis [1]: at the last captured step; 3 for a Gaussian
---   absmax []: largest magnitude, at the last captured step
+--   absmax [1]: largest magnitude, at the last captured step
 --   outlier_fraction [1]: share of entries beyond 6 times their token's RMS, at the last captured step
---   nonfinite []: NaN and infinite entries, at the last captured step
+--   nonfinite [1]: NaN and infinite entries, at the last captured step
 --   flag []: `ok`, or what holds of these, in this order: `nonfinite` (any such entry), `exploding` (RMS grew more than
 --     tenfold), `dead` (RMS below 1e-6, or more than 99.9 % exact zeros), `massive activations` (the largest magnitude is
 --     above 100 and above 100 times the RMS)

@@ -2,13 +2,13 @@
 -- columns:
 --   run_id []: name of the run
 --   model_class []: class of the model
---   n_parameters []: parameters in all
+--   n_parameters [1]: parameters in all
 --   optimizer []: class of the optimizer
---   attempts []: launches that captured something, counted by the highest number
---   ranks []: ranks that captured something
+--   attempts [1]: launches that captured something, counted by the highest number
+--   ranks [1]: ranks that captured something
 --   began [UTC]: time of the first row
 --   last_row [UTC]: time of the last row
---   last_step []: step that the last launch has reached
+--   last_step [1]: step that the last launch has reached
 --   last_loss [nats]: mean over ranks of the loss at each rank's last step
 --   tokens [tokens]: tokens of all ranks, those of repeated steps included
 --   telemetry_share [1]: share of the wall time that the agent took on the training threads

@@ -13,21 +13,21 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli import runs, sql, views
+from lm_telemetry.cli import demo, runs, sql, views
 from lm_telemetry.errors import QueryError, TelemetryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = (sql, views, runs)
+COMMANDS = (sql, views, runs, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="lmt",
-        description="Ask what a training run recorded.",
-        epilog="exit codes: 0 done; 1 no such store or file; 2 wrong command or query; 130 interrupted; 141 broken pipe",
+        description="Ask what a training run recorded: telemetry of language models.",
+        epilog="exit codes: 0 done; 1 no such store or file; 2 wrong command line or query",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import duckdb
+    import pyarrow as pa
 
 FORMATS = ("table", "csv", "json", "parquet")
 DEFAULT_STORE = "telemetry-store"
 STORE_VARIABLE = "LM_TELEMETRY_STORE"
 
-_BATCH_ROWS = 10_000
 _UNBOUNDED = (100_000, 100_000)
 """Columns and lines when the output is no terminal."""
 
@@ -68,6 +68,9 @@ def write(relation: duckdb.DuckDBPyRelation, arguments: argparse.Namespace) -> N
 
 
 def _table(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
+    if relation.columns == ["explain_key", "explain_value"]:
+        file.writelines(f"{plan}\n" for _, plan in _rows(relation))
+        return
     width, height = shutil.get_terminal_size(_UNBOUNDED)
     with redirect_stdout(file):
         # Head, types, count and the prompt take some ten lines.
@@ -94,15 +97,22 @@ def _json(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
 def _parquet(relation: duckdb.DuckDBPyRelation, file: IO[bytes]) -> None:
     import pyarrow.parquet as pq
 
-    reader = relation.fetch_arrow_reader(_BATCH_ROWS)
+    reader = _batches(relation)
     with pq.ParquetWriter(file, reader.schema, compression="zstd") as writer:
         for batch in reader:
             writer.write_batch(batch)
 
 
 def _rows(relation: duckdb.DuckDBPyRelation) -> Iterator[tuple[Any, ...]]:
-    for batch in relation.fetch_arrow_reader(_BATCH_ROWS):
+    for batch in _batches(relation):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _batches(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
+    import pyarrow as pa
+
+    # The one way to a stream of batches that DuckDB 1.2 and 2.0 have both, without a warning.
+    return pa.RecordBatchReader.from_stream(relation)
 
 
 def _plain(value: Any) -> Any:

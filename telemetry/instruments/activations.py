@@ -122,7 +122,7 @@ class Activations(Instrument):
 def _residual_ratio(sites: list[Site], rms: np.ma.MaskedArray[Any, Any]) -> np.ma.MaskedArray[Any, Any]:
     """RMS of each block's writes over the RMS of the stream that enters the block; masked at other sites."""
     stream = {(s.stack, s.layer): rms[i] for i, s in enumerate(sites) if s.site in {"embed", "resid"}}
-    ratio = np.ma.masked_all(len(sites), dtype=np.float64)
+    ratio = np.ma.array(np.zeros(len(sites)), mask=np.ones(len(sites), dtype=bool))
     for i, site in enumerate(sites):
         entering = stream.get((site.stack, site.layer - 1), np.ma.masked)
         if site.site in {"attn_out", "mlp_out"} and entering is not np.ma.masked and entering > 0:

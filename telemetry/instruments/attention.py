@@ -146,10 +146,10 @@ class Attention(Instrument):
                     self._lasting.clear()
                 self._lasting[key] = make()
             return self._lasting[key]
-        key = (stack, id(call.mask), *key)
-        if key not in self._passing:
-            self._passing[key] = (call.mask, make())  # holding the mask keeps its id from being used again
-        return self._passing[key][1]
+        own = (stack, id(call.mask), *key)
+        if own not in self._passing:
+            self._passing[own] = (call.mask, make())  # holding the mask keeps its id from being used again
+        return self._passing[own][1]
 
     def _tell_of_missing(self) -> None:
         assert self._event is not None

@@ -152,7 +152,7 @@ class Instrument:
         return None
 
     def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """Columns by table, on the background thread."""
+        """Columns by table, on the background thread; those of `steps` join the step's own row."""
         raise NotImplementedError
 
     def detach(self) -> None:

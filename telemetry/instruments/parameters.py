@@ -75,7 +75,7 @@ class Parameters(Instrument):
         after = [self._tap.parameters[i].detach() for i in self._covered]
         before = [self._tap.previous_of(i) for i in self._covered]
         held = [b for b in before if b is not None]
-        self._captured["update_norm"] = _norms(torch._foreach_sub(after, held))
+        self._captured["update_norm"] = _norms(list(torch._foreach_sub(after, held)))
         self._captured["previous_norm"] = _norms(held)
         self._captured["norm"] = _norms([p.detach() for p in self._tap.parameters])
 
@@ -134,6 +134,6 @@ def _dense(tensor: Tensor | None) -> Tensor:
 
 
 def _scatter(values: np.ndarray[Any, Any], places: tuple[int, ...], count: int) -> np.ma.MaskedArray[Any, Any]:
-    full = np.ma.masked_all(count, dtype=np.float64)
+    full = np.ma.array(np.zeros(count), mask=np.ones(count, dtype=bool))
     full[list(places)] = values
     return full

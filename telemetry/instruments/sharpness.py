@@ -29,6 +29,7 @@ from lm_telemetry.kernels.lanczos import EigenResult, lanczos
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
     import numpy as np
     from torch import Tensor
     from torch.optim import Optimizer
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 OPERATORS = ("hessian", "preconditioned")
 
 WARM_STEPS = 20
-"""A solve starts from the last one's vectors if it is at most this many steps old. Later they save nothing: on a small
-Llama under AdamW 3.6 products against 8.4 after one step, 7.6 against 9.6 after ten, 8.7 against 10.7 after fifty,
-while what they may hide grows with every eigenvalue that crosses meanwhile."""
+"""A solve starts from the last one's vectors if they are at most this many steps old; at rarer cadences none are kept.
+On an 82,240-parameter Llama under AdamW 1e-3 a warm solve took 6.8 products where a cold one took 10.6 after one step,
+9.5 for 13.6 after ten and 11.3 for 14.1 after fifty; its worst error was 1.4 %, 0.8 % and 3.1 %."""
 
-ASYMMETRY_LIMIT = 0.05
-"""Relative asymmetry above which a Hessian is reported as broken; bfloat16 stays below it."""
+ASYMMETRY_LIMIT = 0.02
+"""Relative asymmetry above which a Hessian is reported as broken; rounding in bfloat16 makes at most 4e-4 of it."""
 
 
 @dataclass(kw_only=True)
@@ -144,7 +145,8 @@ class Sharpness(Instrument):
                     dtype=hessian.dtype,
                     device=hessian.device,
                 )
-                self._warm[name] = (step, result.vectors)
+                if (self.every or self.usual_every or 0) <= WARM_STEPS:
+                    self._warm[name] = (step, result.vectors)
                 self._report_asymmetry(attachment, name, result)
                 shared = {
                     "operator": name,

@@ -51,7 +51,9 @@ def gpt_neox():
 
 
 def bert():
-    settings = {k: v for k, v in _LLAMA_LIKE.items() if k not in {"num_key_value_heads", "bos_token_id", "eos_token_id"}}
+    settings = {
+        k: v for k, v in _LLAMA_LIKE.items() if k not in {"num_key_value_heads", "bos_token_id", "eos_token_id"}
+    }
     return hf.BertForMaskedLM(hf.BertConfig(**settings))
 
 

@@ -1,0 +1,159 @@
+"""Columns become Arrow tables without losing or inventing anything; what does not fit is named."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_telemetry.catalogue import TABLES
+from lm_telemetry.columns import ColumnError, to_table
+from lm_telemetry.schema import schema
+from lm_telemetry.store import Store
+
+STAMP = {"attempt": 1, "step": 7, "time_us": 1_700_000_000_000_000}
+
+VALUES = {
+    pa.bool_(): st.booleans(),
+    pa.int32(): st.integers(-(2**31), 2**31 - 1),
+    pa.int64(): st.integers(-(2**63), 2**63 - 1),
+    pa.float32(): st.floats(width=32),
+    pa.float64(): st.floats(),
+    pa.string(): st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    pa.list_(pa.float32()): st.lists(st.floats(width=32), max_size=4),
+}
+
+
+@st.composite
+def batches(draw):
+    """A table's name and columns for it, some left out, with NULL, NaN and infinities in them."""
+    table = draw(st.sampled_from(sorted(TABLES)))
+    rows = draw(st.integers(0, 5))
+    fields = draw(st.lists(st.sampled_from(list(schema(table))[3:]), unique_by=lambda f: f.name, min_size=1))
+    columns = {f.name: draw(st.lists(st.none() | VALUES[f.type], min_size=rows, max_size=rows)) for f in fields}
+    return table, columns
+
+
+def same(given, found):
+    """Equality in which NaN equals NaN and 0.0 is not -0.0."""
+    if isinstance(given, list):
+        return isinstance(found, list) and len(given) == len(found) and all(map(same, given, found))
+    if isinstance(given, float):
+        return isinstance(found, float) and (
+            math.isnan(found)
+            if math.isnan(given)
+            else (given, math.copysign(1, given)) == (found, math.copysign(1, found))
+        )
+    return given == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=batches())
+def test_what_goes_in_comes_out_of_the_file(batch, tmp_path_factory):
+    table, columns = batch
+    rows = to_table(table, columns, **STAMP)
+    count = len(next(iter(columns.values())))
+    assert rows.num_rows == count
+    if not count:
+        return
+    store = Store(tmp_path_factory.mktemp("store"))
+    part = store.write_part(rows, table=table, run_id="r", rank=0, attempt=1, seq=0)
+    found = pq.read_table(store.path / part.file, partitioning=None)
+    assert found.schema.equals(schema(table))
+    for field in schema(table):
+        got = found[field.name].to_pylist()
+        if field.name in columns:
+            assert all(map(same, columns[field.name], got)), field.name
+        elif field.name not in {"attempt", "step", "time"}:
+            assert got == [None] * count
+    assert found["step"].to_pylist() == [7] * count
+    assert found["attempt"].to_pylist() == [1] * count
+    assert found["time"].to_pylist()[0].timestamp() == 1_700_000_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(width=32), st.booleans()), min_size=1))
+def test_masked_entries_are_null_and_nan_is_not(entries):
+    values, mask = (np.array(part) for part in zip(*entries, strict=True))
+    array = np.ma.array(values.astype(np.float32), mask=mask.astype(bool))
+    got = to_table("layers", {"rms": array}, **STAMP)["rms"].to_pylist()
+    assert all(same(None if hidden else float(value), g) for (value, hidden), g in zip(entries, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1, 2], dtype=np.int8),
+        np.array([1.0, 2.0]),
+        np.array([1, 2], dtype=">i4"),
+        np.array([9, 1, 9, 2])[1::2],
+        np.array([1, 2], dtype=object),
+        (1, 2.0),
+        [np.int64(1), np.float32(2)],
+        np.ma.array([1, 2]),
+    ],
+    ids=["int8", "float64", "big-endian", "strided", "object", "mixed", "scalars", "masked"],
+)
+def test_whole_numbers_fit_an_integer_column_whatever_holds_them(values):
+    assert to_table("layers", {"layer": values}, **STAMP)["layer"].to_pylist() == [1, 2]
+
+
+def test_what_lies_under_a_mask_does_not_matter():
+    array = np.ma.array([1e300, 2.0], mask=[True, False])
+    assert to_table("layers", {"layer": array}, **STAMP)["layer"].to_pylist() == [None, 2]
+    assert to_table("layers", {"rms": [np.ma.masked, 2.0]}, **STAMP)["rms"].to_pylist() == [None, 2.0]
+
+
+def test_a_matrix_fills_a_list_column():
+    rows = to_table("sketches", {"gram": np.array([[1, 2], [3, 4]], np.float32)}, **STAMP)
+    assert rows["gram"].to_pylist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("layer", [1.5]),
+        ("layer", np.array([1.5])),
+        ("layer", [float("nan")]),
+        ("layer", np.array([np.nan])),
+        ("layer", [2**31]),
+        ("layer", np.array([2**31])),
+        ("layer", ["1"]),
+        ("layer", np.array(["1"])),
+        ("rms", np.array(["1"])),
+        ("rms", ["1"]),
+        ("rms", [[1.0]]),
+        ("rms", np.ones((2, 2))),
+        ("rms", np.float32(1)),
+        ("rms", np.array(1.0)),
+        ("rms", 1.0),
+        ("site", [1]),
+        ("site", "resid"),
+        ("site", ["\ud800"]),
+        ("kurtosiss", [3.0]),
+        ("step", [3]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(column, values):
+    with pytest.raises(ColumnError, match=f"layers.{column}") as caught:
+        to_table("layers", {column: values}, **STAMP)
+    assert (caught.value.table, caught.value.column) == ("layers", column)
+
+
+def test_columns_of_unequal_length_are_refused():
+    with pytest.raises(ColumnError, match=r"layers.rms has 1 rows where layers.layer has 2") as caught:
+        to_table("layers", {"layer": [0, 1], "rms": [1.0]}, **STAMP)
+    assert caught.value.column == "rms"
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ColumnError, match="no table 'layer'") as caught:
+        to_table("layer", {"rms": [1.0]}, **STAMP)
+    assert caught.value.column is None
+
+
+def test_no_columns_are_no_rows():
+    assert to_table("layers", {}, **STAMP).num_rows == 0

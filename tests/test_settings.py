@@ -1,0 +1,114 @@
+"""Settings: where they come from, which wins, and what is refused before a job starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm_telemetry import Settings
+from lm_telemetry.errors import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_defaults():
+    settings = Settings.resolve()
+    assert settings.store == "telemetry-store"
+    assert settings.every == 10
+    assert set(settings.instruments) >= {"activations", "attention", "parameters", "sharpness", "critical_sharpness"}
+
+
+def test_keywords_beat_environment_beats_file_beats_pyproject(elsewhere, monkeypatch):
+    (elsewhere / "pyproject.toml").write_text(
+        '[tool.lm_telemetry]\nevery = 2\nstore = "a"\nmax_overhead = 0.5\nrun_id = "p"'
+    )
+    assert Settings.resolve().every == 2
+    (elsewhere / "settings.toml").write_text('every = 3\nstore = "b"\nmax_overhead = 0.25')
+    monkeypatch.setenv("LM_TELEMETRY_CONFIG", "settings.toml")
+    assert Settings.resolve().every == 3
+    monkeypatch.setenv("LM_TELEMETRY_EVERY", "4")
+    monkeypatch.setenv("LM_TELEMETRY_STORE", "c")
+    found = Settings.resolve(every=5)
+    assert (found.every, found.store, found.max_overhead, found.run_id) == (5, "c", 0.25, "p")
+
+
+def test_pyproject_of_a_parent_directory_counts(elsewhere, monkeypatch):
+    (elsewhere / "pyproject.toml").write_text("[tool.lm_telemetry]\nevery = 7")
+    (elsewhere / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere / "deep" / "er")
+    assert Settings.resolve().every == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("activations,attention", {"activations": {}, "attention": {}}),
+        ('["attention"]', {"attention": {}}),
+        ('{"attention": {"every": 3}}', {"attention": {"every": 3}}),
+        ("{attention = {every = 3}}", {"attention": {"every": 3}}),
+    ],
+)
+def test_instruments_from_the_environment(monkeypatch, text, value):
+    monkeypatch.setenv("LM_TELEMETRY_INSTRUMENTS", text)
+    assert Settings.resolve().instruments == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("none", None), ("0", 0), ("9400", 9400)])
+def test_ports_from_the_environment(monkeypatch, text, value):
+    monkeypatch.setenv("LM_TELEMETRY_PROMETHEUS_PORT", text)
+    assert Settings.resolve().prometheus_port == value
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"every": 0},
+        {"every": -3},
+        {"every": 1.5},
+        {"every": True},
+        {"store": ""},
+        {"store": 7},
+        {"run_id": "a/b"},
+        {"run_id": ""},
+        {"run_id": "x" * 129},
+        {"prometheus_port": 65536},
+        {"prometheus_port": -1},
+        {"flush_seconds": 0},
+        {"flush_seconds": float("nan")},
+        {"max_overhead": 0},
+        {"max_overhead": 1.1},
+        {"mode": "fast"},
+        {"strict": "yes"},
+        {"probe": torch.zeros(2, 3)},
+        {"instruments": "attention"},
+        {"instruments": ["no_such"]},
+        {"instruments": {"attention": 3}},
+        {"colour": "blue"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_refused_and_named(bad):
+    with pytest.raises(SettingsError) as caught:
+        Settings.resolve(**bad)
+    assert caught.value.setting.startswith(next(iter(bad)))
+    assert next(iter(bad)) in str(caught.value)
+
+
+def test_an_unknown_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("LM_TELEMETRY_EVRY", "3")
+    with pytest.raises(SettingsError, match="evry"):
+        Settings.resolve()
+
+
+def test_a_config_file_that_cannot_be_read_is_named(monkeypatch, elsewhere):
+    monkeypatch.setenv("LM_TELEMETRY_CONFIG", "nowhere.toml")
+    with pytest.raises(SettingsError, match=r"nowhere\.toml"):
+        Settings.resolve()
+    (elsewhere / "bad.toml").write_text("every = = 3")
+    monkeypatch.setenv("LM_TELEMETRY_CONFIG", "bad.toml")
+    with pytest.raises(SettingsError, match=r"bad\.toml"):
+        Settings.resolve()
