@@ -209,10 +209,10 @@ def test_one_event_and_no_row(quadratic, bench):
         return subject.events[0][2]
 
     assert "before the update are not held" in events(subject(), snapshot=False)
-    assert "learning rate is 0.0" in events(subject(lr=0.0))
+    assert "learning rate 0.0" in events(subject(lr=0.0))
     without = subject()
     without.optimizer = None
-    assert "learning rate is None" in events(without)
+    assert "known optimizer" in events(without)
     broken = subject()
     broken.model.offset = torch.nan
     assert "loss on the probe is nan" in events(broken)

@@ -35,16 +35,21 @@ def assert_rows(raw, query, key, arguments):
     assert raw.dtype == torch.float64
     assert raw.shape == expected.shape
     magnitude = largest_magnitude(query, key, arguments)
-    divisors = {"effective_keys": key.shape[2], "mean_distance": query.shape[2] + key.shape[2]}
     rows = expected[:, 0].clamp(min=1)
+    divisors = {
+        "max_logit": 1,
+        "effective_keys": rows * key.shape[2],
+        "mean_distance": rows * (query.shape[2] + key.shape[2]),
+    }
     for c, name in enumerate(RAW_COLUMNS):
         if name in {"n_queries", "nonfinite"}:
             assert torch.equal(raw[:, c], expected[:, c]), (name, raw[:, c], expected[:, c])
             continue
-        if name == "max_logit":
-            error, tolerance = raw[:, c] - expected[:, c], logit_tolerance(magnitude, query.shape[3] + 3)
+        error = (raw[:, c] - expected[:, c]) / divisors.get(name, rows)
+        if name in {"lse", "max_logit"}:
+            tolerance = logit_tolerance(magnitude, query.shape[3] + 3)
         else:
-            error, tolerance = (raw[:, c] - expected[:, c]) / rows / divisors.get(name, 1), row_tolerance(magnitude)
+            tolerance = row_tolerance(magnitude)
         same = (raw[:, c] == expected[:, c]) | (error.abs() <= tolerance)  # -inf equals itself
         assert same.all(), (name, raw[:, c], expected[:, c], error.abs().max().item(), tolerance)
     assert (raw[:, RAW_COLUMNS.index("entropy")] >= 0).all()

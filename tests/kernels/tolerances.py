@@ -25,11 +25,11 @@ OFFSET = 8e-6
 """Relative error of mean and deviation at mean 1000, deviation 1, where E[x^2] - E[x]^2 is wrong by a third."""
 
 ROW = 5e-7
-"""Absolute error of a mean mass, entropy or log-sum-exp at logits of ordinary size: four float32 roundings."""
+"""Absolute error of a mean mass or entropy at logits of ordinary size: four float32 roundings."""
 
 
 def row_tolerance(magnitude: float) -> float:
-    """For means over rows, in nats or as masses; others are compared after division by their largest value.
+    """For means of masses and entropies over rows; others are compared after division by their largest value.
 
     `magnitude` is the largest sum |q_d k_d| of a logit: float32 knows the logit, and log p, to EPS of that.
     """
@@ -37,5 +37,8 @@ def row_tolerance(magnitude: float) -> float:
 
 
 def logit_tolerance(magnitude: float, terms: int) -> float:
-    """For one logit: roundings of a sum of `terms` products in float32 add up as a random walk, half an EPS each."""
-    return EPS * magnitude * max(1.0, terms**0.5 / 2)
+    """For a logit, and for a log-sum-exp, which moves with the largest.
+
+    Roundings of a float32 sum of `terms` products add up as a random walk, half an EPS each.
+    """
+    return max(ROW, EPS * magnitude * terms**0.5 / 2)

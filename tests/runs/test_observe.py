@@ -123,7 +123,7 @@ def test_a_probe_of_ones_own_is_used(store):
         model(**batch())
         session.step()
     (row,) = [r for r in rows(store, "curvature") if r["operator"] == "hessian"]
-    assert row["loss"] == pytest.approx(float(model(**mine).loss), rel=1e-6)
+    assert row["loss"] == pytest.approx(model(**mine).loss.item(), rel=1e-6)
 
 
 def test_an_exception_in_the_loop_still_detaches_and_writes(store):
