@@ -121,7 +121,7 @@ _Line = tuple[str, ColumnType, str, str] | tuple[str, ColumnType, str, str, str]
 """name, type, unit, meaning, and the source if there is one"""
 
 _STACK: _Line = ("stack", "string", "", "which tower the layer belongs to: `decoder`, `encoder`, or the module's name")
-_LAYER: _Line = ("layer", "int32", "1", "index of the block within its stack, from 0")
+_LAYER: _Line = ("layer", "int32", "1", "index of the block in its stack, from 0; -1 for `embed`, their number for `final`")
 
 CATALOGUE: tuple[Metric, ...] = (
     *_rows(
@@ -303,7 +303,7 @@ CATALOGUE: tuple[Metric, ...] = (
         [
             ("operator", "string", "", "`hessian`, `preconditioned` (P^-1/2 H P^-1/2) or `gauss_newton`"),
             ("scope", "string", "", "`all` trainable parameters, or a layer"),
-            ("estimator", "string", "", "`lanczos`, `critical`, `directional`, `hutchinson`, ..."),
+            ("estimator", "string", "", "how it was estimated: `lanczos`, `critical`, and others to come"),
             ("index", "int32", "1", "which eigenvalue, 0 the algebraically largest; NULL where it has no meaning"),
             ("value", "float64", "1", "the estimate; NULL if there is none", "2103.00065, 2207.14484, 2601.16979"),
             ("stderr", "float64", "1", "standard error of a stochastic estimate"),

@@ -6,7 +6,6 @@ from a configuration. A few hundred steps take about two minutes on two cores.
 
 from __future__ import annotations
 
-import os
 import sysconfig
 import tempfile
 import urllib.request
@@ -92,8 +91,9 @@ def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
     """
     if steps < 2:
         raise SettingsError(f"steps: expected at least 2, to have something to compare; got {steps}", setting="steps")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments, logging
+
+    logging.set_verbosity_error()
 
     telemetry = TelemetryCallback(store=store, prometheus_port=port, instruments=INSTRUMENTS, flush_seconds=2.0)
     model = small_llama()
@@ -114,6 +114,7 @@ def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
                 lr_scheduler_type="constant_with_warmup",
                 report_to=[],
                 logging_strategy="no",
+                disable_tqdm=False,
                 save_strategy="no",
                 use_cpu=not torch.cuda.is_available(),
                 seed=0,

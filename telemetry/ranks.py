@@ -73,4 +73,4 @@ def identify(name: Callable[[], str], claim: Callable[[str], int]) -> Identity:
 def _shared_store() -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 the only way to it, stable since torch 1.9
+    return dist.distributed_c10d._get_default_store()

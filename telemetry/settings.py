@@ -163,7 +163,8 @@ def _is_path(value: Any) -> bool:
 
 
 def _is_run_id(value: Any) -> bool:
-    return isinstance(value, str) and bool(_RUN_ID.fullmatch(value))
+    # a partition named NULL is read as no value by some engines
+    return isinstance(value, str) and bool(_RUN_ID.fullmatch(value)) and value.upper() != "NULL"
 
 
 def _is_int(value: Any) -> bool:

@@ -74,6 +74,7 @@ def test_ports_from_the_environment(monkeypatch, text, value):
         {"store": 7},
         {"run_id": "a/b"},
         {"run_id": ""},
+        {"run_id": "null"},
         {"run_id": "x" * 129},
         {"prometheus_port": 65536},
         {"prometheus_port": -1},

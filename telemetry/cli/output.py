@@ -37,7 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of commands that answer with rows."""
     add_store(parser)
     parser.add_argument(
-        "--format", choices=FORMATS, default="table", help="default: %(default)s, of at most 10,000 rows; others have all"
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="default: %(default)s, of at most 10,000 rows; others have all",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="write here, and not to standard output")
 

@@ -8,7 +8,6 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrume
 from lm_telemetry.kernels.attention_rows import RAW_COLUMNS, RowGeometry, attention_rows_at, row_geometry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 

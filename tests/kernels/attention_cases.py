@@ -101,7 +101,7 @@ def build(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict[s
         case "broadcast":
             masks.append((torch.arange(Sk) % 5 > 0).expand(1, 1, 1, Sk))
         case "additive":
-            hidden = torch.where(torch.rand(B, 1, Sq, Sk, generator=generator) < 0.5, MIN, -torch.inf)
+            hidden = torch.where(torch.rand(B, 1, Sq, Sk, generator=generator) < 0.5, 0.6 * MIN, -torch.inf)
             masks.append(torch.where(torch.rand(B, 1, Sq, Sk, generator=generator) < 0.3, hidden, normal(B, 1, Sq, Sk)))
     if len(masks) == 2:
         both = masks[0] & masks[1] if masks[1].dtype == torch.bool else torch.where(masks[0], masks[1], MIN)
