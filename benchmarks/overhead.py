@@ -90,7 +90,7 @@ def ours(instruments: tuple[str, ...], every: int) -> Iterator[Step]:
             store=store,
             every=every,
             flush_seconds=1.0,
-            instruments=dict.fromkeys(instruments, {"every": every}),
+            instruments={name: {"every": every} for name in instruments},
             strict=True,
         ) as session,
     ):
@@ -128,9 +128,9 @@ def output_attentions() -> Iterator[Step]:
 
     def step() -> None:
         loop.step()
-        for p in loop.output.attentions:
-            p = p.detach()
-            -(torch.special.xlogy(p, p)).sum(-1).mean((0, 2))
+        for matrix in loop.output.attentions:
+            p = matrix.detach()
+            torch.special.xlogy(p, p).sum(-1).mean((0, 2))
             p[..., 0].mean((0, 2))
 
     yield step

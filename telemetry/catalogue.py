@@ -121,7 +121,7 @@ _Line = tuple[str, ColumnType, str, str] | tuple[str, ColumnType, str, str, str]
 """name, type, unit, meaning, and the source if there is one"""
 
 _STACK: _Line = ("stack", "string", "", "which tower the layer belongs to: `decoder`, `encoder`, or the module's name")
-_LAYER: _Line = ("layer", "int32", "1", "index of the block in its stack, from 0; -1 for `embed`, their number for `final`")
+_LAYER: _Line = ("layer", "int32", "1", "index of the block in its stack; -1 at `embed`, their number at `final`")
 
 CATALOGUE: tuple[Metric, ...] = (
     *_rows(

@@ -166,4 +166,4 @@ Ask more:
   lmt runs --store {store}
 Add it to a run of yours:
   from lm_telemetry import TelemetryCallback
-  trainer = Trainer(..., callbacks=[TelemetryCallback()])""")
+  trainer = Trainer(..., callbacks=[TelemetryCallback()])""")  # noqa: S608 printed, not run

@@ -10,7 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for name in [n for n in os.environ if n.startswith("LM_TELEMETRY_")]:
     del os.environ[name]
 
-import pytest
+import pytest  # noqa: E402 after the environment is set
 
 
 @pytest.fixture

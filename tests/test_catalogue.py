@@ -63,7 +63,7 @@ def test_sql_comments_are_the_catalogues(store):
 
 
 def test_instruments_fill_columns_of_the_catalogue(store):
-    """Whatever an instrument hands over must fit, or the writer tells; here nothing is told, and keys are never NULL."""
+    """What an instrument hands over must fit, or the writer tells; here nothing is told, and keys are never NULL."""
     from stored import events, rows
 
     model = build("t5").eval()
@@ -90,7 +90,7 @@ def test_the_readme_names_every_setting_and_its_default():
     readme = (ROOT / "README.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", readme.partition("## Settings")[2], re.MULTILINE))
     defaults = Settings()
-    assert set(table) == {f for f in Settings.__slots__}
+    assert set(table) == set(Settings.__slots__)
     for name in ("store", "mode"):
         assert table[name] == f"`{getattr(defaults, name)}`"
     for name in ("every", "flush_seconds", "max_overhead"):

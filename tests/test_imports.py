@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = "import sys; heavy = [m for m in ('torch', 'transformers', 'accelerate', 'triton') if m in sys.modules]; assert not heavy, heavy"
+HEAVY = """
+import sys
+heavy = [name for name in ("torch", "transformers", "accelerate", "triton") if name in sys.modules]
+assert not heavy, heavy
+"""
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ SCRIPT = Path(__file__).parent / "train_two_ranks.py"
 def launch(tmp_path, who, store="none"):
     out = tmp_path / who
     out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1",
-               str(SCRIPT), str(out), store, who]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "--local-addr=127.0.0.1", str(SCRIPT), str(out), store, who]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -34,9 +34,7 @@ def assert_equal_runs(plain, observed):
     for rank in (0, 1):
         for name, parameter in plain[rank]["parameters"].items():
             assert torch.equal(parameter, observed[rank]["parameters"][name]), name
-        timing = ("runtime", "per_second")
-        keep = [[{k: v for k, v in line.items() if not k.endswith(timing)} for line in run[rank]["log"]] for run in (plain, observed)]  # fmt: skip
-        assert keep[0] == keep[1]
+        assert plain[rank]["log"] == observed[rank]["log"]
 
 
 @pytest.mark.slow

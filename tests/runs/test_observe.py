@@ -80,7 +80,7 @@ def test_around_generate_each_forward_is_a_step(store):
         assert session.flush()
     assert torch.equal(plain, observed)
     steps = rows(store, "steps")
-    assert [s["tokens"] for s in steps][0] == 48
+    assert steps[0]["tokens"] == 48
     assert len(steps) == 5
     assert all(s["loss"] is None for s in steps)
     heads = rows(store, "heads", layer=0, head=0)

@@ -30,12 +30,14 @@ def main(out: str, store: str, who: str) -> None:
         ddp_backend="gloo",
     )
     observed = who == "all" or (who == "first" and args.process_index == 0)
-    callbacks = [TelemetryCallback(store=store, every=1, strict=True, instruments={
-        "activations": {}, "attention": {}, "parameters": {}, "sharpness": {"every": 2}, "critical_sharpness": {"every": 2},
-    })] if observed else []  # fmt: skip
+    rare = {"sharpness": {"every": 2}, "critical_sharpness": {"every": 2}}
+    instruments = {"activations": {}, "attention": {}, "parameters": {}, **rare}
+    callbacks = []
+    if observed:
+        callbacks.append(TelemetryCallback(store=store, every=1, strict=True, instruments=instruments))
     trainer = Trainer(model=build("llama", seed=3), args=args, train_dataset=dataset(64), callbacks=callbacks)
     trainer.train()
-    log = [line for line in trainer.state.log_history if "loss" in line]
+    log = [line for line in trainer.state.log_history if "grad_norm" in line]
     found = {"parameters": dict(trainer.model.named_parameters()), "log": log}
     torch.save(found, f"{out}/rank-{args.process_index}.pt")
 
