@@ -3,7 +3,8 @@
 Setting: a Llama of 3.15 M parameters, float32, a batch of 4 x 256 tokens, forward + backward + AdamW, one thread, and
 the whole process bound to one core, so that the background writer's work is paid for in the same time. Each variant has
 a model of its own with the same weights. Blocks of steps of the plain loop and of a variant take turns; a row gives
-the median over pairs of the ratio of their times, with its 20th and 80th percentile.
+the median over pairs of the ratio of their wall times, with its 20th and 80th percentile, and the same of processor
+times, which other processes on the machine disturb less.
 
     python benchmarks/overhead.py            # appends rows to benchmarks/results/overhead.csv
     python benchmarks/overhead.py --pairs 3  # a quick look; writes nothing
@@ -167,12 +168,20 @@ VARIANTS: dict[str, Callable[[], contextlib.AbstractContextManager[Step]]] = {
 }
 
 
-def block(step: Step) -> float:
+def block(step: Step) -> tuple[float, float]:
+    """Wall and processor seconds of a block; the latter count all threads, and no other process."""
     step()  # what another variant left in the caches is not this one's
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         step()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    ordered = sorted(values)
+    at = lambda share: round(ordered[round(share * (len(ordered) - 1))], 4)
+    return {f"{name}_median": round(statistics.median(values), 4), f"{name}_p20": at(0.2), f"{name}_p80": at(0.8)}
 
 
 def main() -> None:
@@ -187,7 +196,7 @@ def main() -> None:
     for name, variant in VARIANTS.items():
         if arguments.only not in name:
             continue
-        ratios, base = [], []
+        wall, cpu, base = [], [], []
         with contextlib.ExitStack() as stack:
             try:
                 reference, observed = stack.enter_context(plain()), stack.enter_context(variant())
@@ -198,14 +207,14 @@ def main() -> None:
             for pair in range(pairs):
                 order = [reference, observed] if pair % 2 == 0 else [observed, reference]
                 seconds = {id(step): block(step) for step in order}
-                ratios.append(seconds[id(observed)] / seconds[id(reference)])
-                base.append(seconds[id(reference)] / STEPS)
-        deciles = statistics.quantiles(ratios, n=10) if len(ratios) > 1 else [ratios[0]] * 9
+                (ours_wall, ours_cpu), (plain_wall, plain_cpu) = seconds[id(observed)], seconds[id(reference)]
+                wall.append(ours_wall / plain_wall)
+                cpu.append(ours_cpu / plain_cpu)
+                base.append(plain_wall / STEPS)
         row = {
             "variant": name,
-            "ratio_median": round(statistics.median(ratios), 4),
-            "ratio_p20": round(deciles[1], 4),
-            "ratio_p80": round(deciles[7], 4),
+            **spread("wall_ratio", wall),
+            **spread("cpu_ratio", cpu),
             "pairs": pairs,
             "steps_a_block": STEPS,
             "plain_step_ms": round(1e3 * statistics.median(base), 1),

@@ -36,6 +36,7 @@ class ParameterTap:
         self._copies: dict[int, Tensor] = {}
         self._next = 0
         self._live = False
+        self._keep = True
 
     @property
     def previous(self) -> list[Tensor] | None:
@@ -44,19 +45,33 @@ class ParameterTap:
             return None
         return [self._copies[i] for i in self.covered]
 
-    def previous_of(self, index: int) -> Tensor | None:
-        """Values before the step of one parameter, if they are held."""
-        return self._copies.get(index) if self._live else None
-
     @torch.no_grad()
-    def snapshot(self) -> None:
-        """Copy the values before a step; memory of earlier copies is used again."""
+    def snapshot(self, *, keep: bool) -> None:
+        """Copy the values before a step; memory of earlier copies is used again.
+
+        With `keep` the copies last until `release`; else `updates` may turn them into the updates.
+        """
+        self._keep = keep
         window = self._window()
         if window != self.covered:
             self._copies = {i: torch.empty_like(self.parameters[i]) for i in window}
             self.covered = window
         torch._foreach_copy_([self._copies[i] for i in window], [self.parameters[i] for i in window])
         self._live = True
+
+    @torch.no_grad()
+    def updates(self) -> list[Tensor]:
+        """The change of each covered parameter in the step just taken (up to its sign, which a norm does not see).
+
+        Without `keep` they take the place of the copies: no memory is allocated, and `previous` is None from then on.
+        """
+        after = [self.parameters[i] for i in self.covered]
+        copies = [self._copies[i] for i in self.covered]
+        if self._keep:
+            return list(torch._foreach_sub(copies, after))
+        torch._foreach_sub_(copies, after)
+        self._live = False
+        return copies
 
     def release(self, *, memory: bool = False) -> None:
         """The step is over: earlier values no longer stand for anything. With `memory`, give the copies up too."""

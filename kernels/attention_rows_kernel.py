@@ -12,7 +12,7 @@ Decisions:
 
 - 16-bit inputs go to the tensor cores as they are, with float32 sums: products of bfloat16 are exact there. The head is
   one block, padded to a power of two.
-- float32 inputs are multiplied in full precision (TF32 would lose ten bits of every logit) in pieces of the head, since
+- float32 inputs are multiplied in full precision (TF32 keeps ten bits of a factor) in pieces of the head, since
   a whole head of float32 operands does not fit the registers.
 - Blocks of keys that causality or the window hides from all rows of a program are not visited.
 
@@ -44,6 +44,16 @@ from lm_telemetry.kernels.dispatch import interpreting
 
 _PIECE = 32
 """Channels of a float32 head that are multiplied at a time."""
+
+
+@triton.jit
+def tanh(x):  # noqa: ANN201  -- of whatever x is a tensor of
+    """(1 - t) / (1 + t) with t = e^(-2|x|), and the Taylor series near 0, where 1 - t cancels."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = tl.where(x < 0, -1.0, 1.0) * ((1.0 - t) / (1.0 + t))
+    y = x * x
+    near = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
 
 
 # Lengths change from call to call (decoding, packing); to specialise on them would compile again and again.
@@ -165,10 +175,7 @@ def row_kernel(
         if HAS_BIAS:
             s += tl.load(bias_row[:, None] + j[None, :], mask=live[:, None], other=0.0)
         if HAS_SOFTCAP:
-            # tanh(x) = sign(x) (1 - t) / (1 + t), t = e^(-2|x|): no overflow, and the same code on every backend
-            x = s / softcap
-            t = tl.exp(-2.0 * tl.abs(x))
-            s = tl.where(x < 0, -softcap, softcap) * ((1.0 - t) / (1.0 + t))
+            s = softcap * tanh(s / softcap)
         if CAUSAL:
             visible = visible & (behind >= 0)
         if HAS_WINDOW:

@@ -233,7 +233,7 @@ class Agent:
             return
         with self.meter("update"), self.guard("before an update"):
             if self._wants(Tap.UPDATE):
-                self.parameters.snapshot()
+                self.parameters.snapshot(keep=any({Tap.UPDATE, Tap.PROBE} <= i.taps for i in self._active))
             for instrument in self._active:
                 self._call(instrument, "before_update")
 

@@ -288,7 +288,7 @@ CATALOGUE: tuple[Metric, ...] = (
             ("norm", "float32", "1", "L2 norm after the step"),
             ("grad_norm", "float32", "1", "L2 norm of the gradient the optimizer was given (after clipping)"),
             ("update_norm", "float32", "1", "L2 norm of the change in this step"),
-            ("update_ratio", "float32", "1", "update_norm over the norm before the step"),
+            ("update_ratio", "float32", "1", "update_norm over norm"),
             ("spectral_norm", "float32", "1", "largest singular value of the weight matrix"),
             ("stable_rank", "float32", "1", "squared Frobenius norm over squared spectral norm"),
             ("power_law_exponent", "float32", "1", "Hill estimate of the tail of the eigenvalues of W'W", "1901.08276"),

@@ -67,16 +67,11 @@ class Parameters(Instrument):
         gradients = [_dense(self._tap.parameters[i].grad) for i in self._with_gradient]
         self._captured["grad_norm"] = _norms(gradients)
 
-    @torch.no_grad()
     def after_update(self) -> None:
         """Both sides of the update are there."""
         assert self._tap is not None
         self._covered = self._tap.covered
-        after = [self._tap.parameters[i].detach() for i in self._covered]
-        before = [self._tap.previous_of(i) for i in self._covered]
-        held = [b for b in before if b is not None]
-        self._captured["update_norm"] = _norms(list(torch._foreach_sub(after, held)))
-        self._captured["previous_norm"] = _norms(held)
+        self._captured["update_norm"] = _norms(self._tap.updates())
         self._captured["norm"] = _norms([p.detach() for p in self._tap.parameters])
 
     def harvest(self) -> Harvest | None:
@@ -92,7 +87,6 @@ class Parameters(Instrument):
         count = len(self._numels)
         gradient = _scatter(host["grad_norm"], with_gradient, count)
         update = _scatter(host["update_norm"], covered, count)
-        previous = _scatter(host["previous_norm"], covered, count)
         columns: dict[str, Any] = {
             "name": list(self._tap.names),
             "stack": [stack for stack, _ in self._places],
@@ -101,8 +95,7 @@ class Parameters(Instrument):
             "norm": host["norm"],
             "grad_norm": gradient,
             "update_norm": update,
-            "update_ratio": np.ma.masked_where(np.ma.getmaskarray(previous) | (previous == 0), update)
-            / np.ma.masked_equal(previous, 0),
+            "update_ratio": update / np.ma.masked_equal(host["norm"], 0),
         }
         step: dict[str, Any] = {"param_norm": [float(np.linalg.norm(host["norm"]))]}
         if len(covered) == count:
@@ -119,12 +112,11 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.empty(0)
     home = tensors[0].device
-    norms = torch._foreach_norm([_dense(t) for t in tensors], 2, dtype=_accumulator(tensors[0].dtype))
+    local = [_dense(t) for t in tensors]
+    halves = any(t.dtype in {torch.float16, torch.bfloat16} for t in local)
+    # asking for a dtype takes a slower path even where it is the tensors' own
+    norms = torch._foreach_norm(local, 2, dtype=torch.float32) if halves else torch._foreach_norm(local, 2)
     return torch.stack([n.to(home, non_blocking=True) for n in norms])
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
 
 
 def _dense(tensor: Tensor | None) -> Tensor:

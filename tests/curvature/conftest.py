@@ -109,7 +109,7 @@ class Bench:
         instrument.begin(number)
         self.optimizer.zero_grad()
         self.model(**self.batch).loss.backward()
-        self.parameters.snapshot()
+        self.parameters.snapshot(keep=True)
         instrument.before_update()
         self.optimizer.step()
         instrument.after_update()

@@ -107,7 +107,7 @@ def test_several_learning_rates_are_scaled_by_the_first(quadratic, bench):
     instrument = subject.attach(CriticalSharpness(tolerance=1e-3, max_forwards=60))
     instrument.begin(1)
     model.forward(torch.zeros(1)).backward()
-    subject.parameters.snapshot()
+    subject.parameters.snapshot(keep=True)
     optimizer.step()
     instrument.after_update()
     instrument.measure(1)
@@ -173,7 +173,7 @@ def test_nothing_is_changed(tiny_llama, bench, monkeypatch, fails):
     instrument = subject.attach(CriticalSharpness())
     subject.step(instrument, 1)
     instrument.begin(2)
-    subject.parameters.snapshot()
+    subject.parameters.snapshot(keep=True)
     subject.optimizer.step()
     instrument.after_update()
     before = state(subject)
@@ -201,7 +201,7 @@ def test_one_event_and_no_row(quadratic, bench):
         instrument = subject.attach(CriticalSharpness())
         instrument.begin(1)
         if snapshot:
-            subject.parameters.snapshot()
+            subject.parameters.snapshot(keep=True)
         instrument.after_update()
         instrument.measure(1)
         assert instrument.harvest() is None

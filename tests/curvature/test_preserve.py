@@ -1,6 +1,6 @@
 """Whatever happens inside `preserved`, nothing outside can tell."""
 
-# ruff: noqa: NPY002  the legacy global generator is one of those that must not move
+
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The `sharpness` instrument: rows against dense Hessians, what it says when it cannot, and that it leaves no trace."""
 
-# ruff: noqa: NPY002  the legacy global generator is one of those that must not move
+
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ CASES = {
     "rows that see nothing": Case(sizes=(2, 2, 2, 33, 33, 64), mask="blind"),
     "position bias": Case(sizes=(2, 3, 3, 20, 31, 64), causal=False, bias=True, logits=3.0),
     "softcap": Case(sizes=(2, 4, 2, 37, 37, 64), logits=60.0, more={"softcap": 30.0}),
+    "softcap far off": Case(sizes=(2, 4, 2, 37, 37, 64), more={"softcap": 1000.0}),  # 1 - e^-x would cancel
     "all at once": Case(
         sizes=(2, 4, 2, 33, 65, 48),
         dtype=torch.bfloat16,

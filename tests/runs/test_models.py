@@ -210,10 +210,7 @@ def test_parameter_norms_are_those_of_the_update(store):
     for name, row in found.items():
         assert row["norm"] == pytest.approx(float(after[name].norm()), rel=1e-6)
         assert row["update_norm"] == pytest.approx(float((after[name] - before[name]).norm()), rel=1e-4, abs=1e-9)
-        if before[name].norm() > 0:
-            assert row["update_ratio"] == pytest.approx(row["update_norm"] / float(before[name].norm()), rel=1e-5)
-        else:
-            assert row["update_ratio"] is None  # biases begin at zero
+        assert row["update_ratio"] == pytest.approx(row["update_norm"] / row["norm"], rel=1e-5)
         gradient = dict(model.named_parameters())[name].grad
         assert row["grad_norm"] == pytest.approx(float(gradient.double().norm()), rel=1e-5, abs=1e-12)
     step = rows(store, "steps")[0]
