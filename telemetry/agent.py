@@ -63,6 +63,7 @@ class Agent:
         self.ends_with_forward = False
         """whether the open step is one forward pass of inference, over when that is"""
         self._active: list[Instrument] = []
+        self._grad_norm: Any = None
         self._observing = False
         self._probing = False
         """whether a forward pass that comes now is our own"""
@@ -135,6 +136,9 @@ class Agent:
             parameters=self.parameters,
             optimizer=lambda: self.optimizer,
             event=self.event,
+            request=self.schedule.request,
+            grad_norm=lambda: self._grad_norm,
+            world_size=self.session.world_size,
         )
         for instrument in self.instruments.values():
             with self.guard(f"instrument {instrument.name}"):
@@ -204,6 +208,8 @@ class Agent:
         with self.meter("agent"), self.guard("observing a forward pass"):
             self._observing = True
             self._clock.saw_batch(batch)
+            for instrument in self._active:
+                self._call(instrument, "on_batch", batch)
             if not self.probe.frozen and any(Tap.PROBE in i.taps for i in self.instruments.values()):
                 self.probe.freeze(batch, model=self.model)
             first, self._unseen = self._unseen, False
@@ -252,6 +258,7 @@ class Agent:
             return
         with self.guard("ending a step"):
             with self.meter("agent"):
+                self._grad_norm = grad_norm
                 with self._own_forwards():
                     for instrument in self._due(Tap.PROBE):
                         self._call(instrument, "measure", self.step)

@@ -34,6 +34,7 @@ class Session:
     Attributes:
         run_id: name of the run; None before `start`.
         described: whether the row of `runs` was written.
+        world_size: number of ranks that train together.
 
     Raises:
         StoreError: the store cannot be written.
@@ -46,7 +47,7 @@ class Session:
         self._writer: Writer | None = None
         self._early: list[tuple[str, str, str, int, dict[str, Any]]] = []
         self._exporter = _exporter(settings)
-        self._world_size = 1
+        self.world_size = 1
         self.run_id: str | None = None
         self.described = False
 
@@ -63,7 +64,7 @@ class Session:
         )
         self.run_id = identity.run_id
         self.described = False
-        self._world_size = identity.place.world_size
+        self.world_size = identity.place.world_size
         if self._exporter is None:
             self._exporter = _exporter(self._settings)
         observers = []
@@ -122,7 +123,7 @@ class Session:
             topology=topology,
             optimizer=optimizer,
             mode=mode,
-            world_size=self._world_size,
+            world_size=self.world_size,
             probe_sha256=probe_sha256,
         )
         self._writer.submit(step, lambda: {"runs": columns})

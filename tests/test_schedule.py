@@ -121,3 +121,15 @@ def test_the_guard_stops_errors_but_not_interrupts():
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="strict"), Guard(lambda *_, **__: None, strict=True)("somewhere"):
         raise ValueError("strict")
+
+
+def test_an_instrument_that_is_asked_for_fires_on_the_next_step_but_not_without_end():
+    schedule = Schedule({"cheap": 1, "dear": 100})
+    fired = []
+    for step in range(1, 101):
+        if "dear" in schedule.due(step):
+            fired.append(step)
+        schedule.request("dear")
+        schedule.request("not there")
+    assert fired == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
+    assert "dear" not in Schedule({"dear": 100}).due(2)

@@ -4,9 +4,10 @@ Life of an instrument, all on the training thread unless said otherwise:
 
 1. It is built with its own settings (its dataclass fields), which are validated there.
 2. `attach(attachment)`: the model is known. It keeps what it needs of it.
-3. On a step for which the schedule says it is due, in this order: `begin`; `on_activation` and `on_attention` inside
-   the first forward pass of the step; `before_update`, `after_update` around the optimizer's step; `measure`, where
-   probes are evaluated; `harvest`, which hands over small device tensors (and plain Python notes).
+3. On a step for which the schedule says it is due, in this order: `begin`; `on_batch` before each micro-batch's
+   forward; `on_activation` and `on_attention` inside the first of them; `before_update`, `after_update` around the
+   optimizer's step; `measure`, where probes are evaluated; `harvest`, which hands over small device tensors (and
+   plain Python notes).
 4. The agent copies the tensors of all instruments to the host in one go. On the background thread, `rows` turns the
    host copies into columns of tables. It must depend on nothing but its arguments and what is fixed since `attach`,
    since the next step may be running.
@@ -61,6 +62,10 @@ class Attachment:
         parameters: trainable parameters, and their values before the current update.
         optimizer: returns the live optimizer, or None while it is unknown.
         event: `event(severity, kind, message, **fields)` writes a row of `events`.
+        request: `request(name)` makes another instrument due on the next step, if it is there.
+        grad_norm: from `measure` on, the norm of the step's whole gradient before clipping, a tensor or a number; None
+            where the loop did not tell.
+        world_size: number of ranks that train together.
     """
 
     model: torch.nn.Module
@@ -69,6 +74,9 @@ class Attachment:
     parameters: ParameterTap
     optimizer: Callable[[], torch.optim.Optimizer | None]
     event: Callable[..., None]
+    request: Callable[[str], None]
+    grad_norm: Callable[[], Any]
+    world_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +139,9 @@ class Instrument:
 
     def begin(self, step: int) -> None:
         """A step on which this instrument is due begins."""
+
+    def on_batch(self, batch: Mapping[str, Any]) -> None:
+        """A micro-batch of the step goes into the model."""
 
     def on_activation(self, activation: Activation) -> None:
         """A site of the model was computed."""

@@ -84,6 +84,8 @@ class Bench:
     batch: dict | None
     optimizer: torch.optim.Optimizer | None
     events: list = field(default_factory=list)
+    requests: list = field(default_factory=list)
+    grad_norm: torch.Tensor | float | None = None
 
     def __post_init__(self):
         self.parameters = ParameterTap(self.model)
@@ -100,6 +102,9 @@ class Bench:
                 parameters=self.parameters,
                 optimizer=lambda: self.optimizer,
                 event=lambda severity, kind, message, **fields: self.events.append((severity, kind, message)),
+                request=self.requests.append,
+                grad_norm=lambda: self.grad_norm,
+                world_size=1,
             )
         )
         return instrument
