@@ -37,7 +37,7 @@ from lm_telemetry.schedule import Schedule
 from lm_telemetry.session import Session
 from lm_telemetry.settings import Settings, installed_instruments
 from lm_telemetry.step_clock import StepClock
-from lm_telemetry.subject import describe_optimizer
+from lm_telemetry.subject import describe_optimizer, describe_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -272,8 +272,7 @@ class Agent:
                 scalars, own = self._clock.end(loss=loss, grad_norm=grad_norm)
                 tensors.update({("steps", key): tensor for key, tensor in scalars.items()})
                 packet = Packet(tensors)
-                if not self.session.described:
-                    self._describe_run()
+                self._describe_run()
                 notes = {name: h.note for name, h in harvests.items()}
                 self._active = []
             own["telemetry_seconds"] = [self.meter.seconds]
@@ -355,15 +354,19 @@ class Agent:
         return any(tap in i.taps for i in self._active for tap in taps)
 
     def _describe_run(self) -> None:
+        """Have the row of `runs` written; what takes time (hashes, versions) is done on the writer's thread."""
         with self.guard("describing the run"):
-            self.session.describe(
-                step=self.step,
+            about = partial(
+                describe_run,
+                settings=self.settings,
                 model=self.model,
                 topology=self.topology,
                 optimizer=self._optimizer_columns,
                 mode=self.mode,
-                probe_sha256=self.probe.sha256 if self.probe.frozen else None,
+                world_size=self.session.world_size,
+                probe=self.probe,
             )
+            self.session.describe(self.step, lambda: {"runs": about()})
 
 
 def _build_instruments(settings: Settings) -> dict[str, Instrument]:

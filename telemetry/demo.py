@@ -26,7 +26,7 @@ INSTRUMENTS = {
     "attention": {"every": 5},
     "parameters": {"every": 5},
     "critical_sharpness": {"every": 25},
-    "sharpness": {"every": 50, "max_hvps": 20},
+    "sharpness": {"every": 75, "max_hvps": 15},
 }
 
 QUESTIONS = {

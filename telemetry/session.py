@@ -11,7 +11,6 @@ from lm_telemetry.guard import note_failure
 from lm_telemetry.ranks import here, identify
 from lm_telemetry.run import new_run_id
 from lm_telemetry.store import Store
-from lm_telemetry.subject import describe_run
 from lm_telemetry.writer import Writer
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lm_telemetry.exporters.prometheus import PrometheusExporter
-    from lm_telemetry.hooks.topology import Topology
     from lm_telemetry.instruments.base import Columns
     from lm_telemetry.settings import Settings
 
@@ -103,30 +101,11 @@ class Session:
         if self._writer is not None:
             self._writer.submit(step, produce)
 
-    def describe(
-        self,
-        *,
-        step: int,
-        model: nn.Module,
-        topology: Topology,
-        optimizer: dict[str, Any],
-        mode: str,
-        probe_sha256: str | None,
-    ) -> None:
-        """Write the run's own row, once."""
-        if self.described or self._writer is None:
-            return
-        self.described = True
-        columns = describe_run(
-            settings=self._settings,
-            model=model,
-            topology=topology,
-            optimizer=optimizer,
-            mode=mode,
-            world_size=self.world_size,
-            probe_sha256=probe_sha256,
-        )
-        self._writer.submit(step, lambda: {"runs": columns})
+    def describe(self, step: int, produce: Callable[[], Mapping[str, Columns]]) -> None:
+        """Write the run's own row, once; `produce` gives its columns, on the writer's thread."""
+        if not self.described:
+            self.described = True
+            self.submit(step, produce)
 
     def flush(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Wait until what was captured is on disk; whether it is."""

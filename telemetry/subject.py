@@ -14,6 +14,7 @@ from lm_telemetry.run import code_sha256, hardware, versions
 if TYPE_CHECKING:
     from torch import nn
 
+    from lm_telemetry.hooks.probe import Probe
     from lm_telemetry.settings import Settings
 
 
@@ -25,7 +26,7 @@ def describe_run(
     optimizer: dict[str, Any],
     mode: str,
     world_size: int,
-    probe_sha256: str | None,
+    probe: Probe,
 ) -> dict[str, list[Any]]:
     """Columns of `runs`, one row; `optimizer` from `describe_optimizer`."""
     parameters = list(model.parameters())
@@ -47,7 +48,7 @@ def describe_run(
         "versions": _json(versions()),
         "hardware": _json({**hardware(), "device": _device(parameters[0].device)}),
         "config_sha256": _config_sha256(getattr(model, "config", None)),
-        "probe_sha256": probe_sha256,
+        "probe_sha256": probe.sha256 if probe.frozen else None,
         "code_sha256": code_sha256(),
     }
     row.update(optimizer)
