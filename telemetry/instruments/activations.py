@@ -121,10 +121,12 @@ class Activations(Instrument):
 
 def _residual_ratio(sites: list[Site], rms: np.ma.MaskedArray[Any, Any]) -> np.ma.MaskedArray[Any, Any]:
     """RMS of each block's writes over the RMS of the stream that enters the block; masked at other sites."""
-    stream = {(s.stack, s.layer): rms[i] for i, s in enumerate(sites) if s.site in {"embed", "resid"}}
-    ratio = np.ma.array(np.zeros(len(sites)), mask=np.ones(len(sites), dtype=bool))
-    for i, site in enumerate(sites):
-        entering = stream.get((site.stack, site.layer - 1), np.ma.masked)
-        if site.site in {"attn_out", "mlp_out"} and entering is not np.ma.masked and entering > 0:
-            ratio[i] = rms[i] / entering
-    return ratio
+    values: list[float] = rms.filled(np.nan).tolist()
+    stream = {(s.stack, s.layer): v for s, v in zip(sites, values, strict=True) if s.site in {"embed", "resid"}}
+    ratio = [
+        value / stream.get((site.stack, site.layer - 1), 0.0)
+        if site.site in {"attn_out", "mlp_out"} and stream.get((site.stack, site.layer - 1), 0.0) > 0
+        else np.nan
+        for site, value in zip(sites, values, strict=True)
+    ]
+    return np.ma.masked_invalid(ratio)

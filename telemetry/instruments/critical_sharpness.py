@@ -59,6 +59,9 @@ class CriticalSharpness(Instrument):
     max_forwards: int = 24
     """Forward passes a search may cost."""
 
+    alarm: float = 0.9
+    """Share of the threshold above which `sharpness` is asked to run on the next step, whatever its cadence."""
+
     _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
     _learning_rate: float | None = field(default=None, init=False, repr=False, compare=False)
     _last_eta: float | None = field(default=None, init=False, repr=False, compare=False)
@@ -68,6 +71,7 @@ class CriticalSharpness(Instrument):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("tolerance", is_share(self.tolerance), "a number between 0 and 1")
+        self.require("alarm", isinstance(self.alarm, int | float) and self.alarm > 0, "a positive number")
         self.require("max_forwards", type(self.max_forwards) is int and self.max_forwards >= 3, "at least 3")
 
     def attach(self, attachment: Attachment) -> None:
@@ -89,6 +93,9 @@ class CriticalSharpness(Instrument):
         assert self._attachment is not None
         try:
             self._captured = self._estimate(self._attachment)
+            value, threshold = self._captured["value"], self._captured["threshold"]
+            if value is not None and value > self.alarm * threshold:
+                self._attachment.request("sharpness")
         except ProbeError as error:
             # A warmup that begins at 0 takes steps of no length; that is nobody's fault.
             severity = "info" if self._learning_rate == 0 else "warning"

@@ -68,6 +68,7 @@ def test_beyond_the_critical_step_the_value_exceeds_the_threshold(quadratic, ben
         after = subject.model(torch.zeros(1)).loss.item()
         assert (after > row["loss"]) == raises
         assert (row["value"] > row["threshold"]) == raises
+        assert subject.requests == (["sharpness"] if raises else [])
 
 
 @pytest.mark.parametrize(
