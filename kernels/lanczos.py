@@ -126,7 +126,7 @@ def lanczos(
     sign = 1.0 if which == "largest" else -1.0
     if generator is None:
         generator = torch.Generator(device=device).manual_seed(0)
-    space = _Krylov(dimension=dimension, dtype=dtype, device=torch.device(device), generator=generator)
+    space = Krylov(dimension=dimension, dtype=dtype, device=torch.device(device), generator=generator)
     space.begin(start)
     limit = min(max_steps, dimension)
     while True:
@@ -167,14 +167,20 @@ class _Ritz:
     scale: float
 
 
-class _Krylov:
-    """An orthonormal basis, grown one product at a time, and the operator's tridiagonal image in it."""
+class Krylov:
+    """An orthonormal basis, grown one product at a time, and the operator's tridiagonal image in it.
+
+    Attributes:
+        basis: the vectors so far, each (P,).
+        diagonal: the image's diagonal.
+        coupling: coupling[j] joins vectors j and j + 1; 0 where the space has closed, so that a new block begins.
+    """
 
     def __init__(self, *, dimension: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
         self.dimension, self.dtype, self.device, self.generator = dimension, dtype, device, generator
         self.basis: list[Tensor] = []
         self.diagonal: list[float] = []
-        self.coupling: list[float] = []  # coupling[j] joins vectors j and j + 1; 0 where a block was closed
+        self.coupling: list[float] = []
         self.block_start = 0
         self.asymmetry = 0.0
         self._next: Tensor | None = None

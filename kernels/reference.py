@@ -119,3 +119,15 @@ def _add_row(into: torch.Tensor, row: torch.Tensor, seen: list[int], at: int, fi
     into[8] += at_key.get(at - 1, 0.0)
     into[9] += p[distance < 16].sum()
     into[10] += (p * distance).sum()
+
+
+def cross_entropy_hvp(
+    logits: torch.Tensor, tangent: torch.Tensor, labels: torch.Tensor, *, scale: float, ignore_index: int = -100
+) -> torch.Tensor:
+    """(N, V) float64: of each labelled row scale (diag p - p p') u, as it is written."""
+    result = torch.zeros(logits.shape, dtype=torch.float64)
+    for i, label in enumerate(labels.tolist()):
+        if label != ignore_index:
+            p, u = torch.softmax(logits[i].double(), dim=0), tangent[i].double()
+            result[i] = scale * (p * u - p * (p @ u))
+    return result
