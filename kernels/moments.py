@@ -36,8 +36,9 @@ RAW_COLUMNS = ("count", "nonfinite", "mean", "m2", "m3", "m4", "absmax", "zeros"
 OUTLIER_RMS = 6.0
 """How many times the RMS of its token an entry must exceed to be an outlier."""
 
-MAX_WIDTH = 16_384
-"""Widest token the kernel takes: a token's RMS is needed for its outliers, so a program holds a token in registers."""
+MAX_WIDTH = 8_192
+"""Widest token the kernel takes: a token's RMS is needed for its outliers, so a program holds a token in registers, and
+twice this width spills some on Hopper. Wider ones go to the twin."""
 
 _BLOCK = 131_072
 """Entries the twin works on at a time: 512 KiB in float32, so that a block and what is made of it stay in L2 cache."""

@@ -54,7 +54,13 @@ ROWS = [  # dtype, head width, rows a key-value head, what the call has
     (torch.float32, 128, 32, PLAIN),
     (torch.float32, 256, 128, MASKED),
 ]
-WIDTHS = [(torch.bfloat16, 256), (torch.bfloat16, 4096), (torch.float32, 768), (torch.float32, 8192)]
+WIDTHS = [
+    (torch.bfloat16, 256),
+    (torch.bfloat16, 4096),
+    (torch.float32, 768),
+    (torch.float32, 8192),
+    (torch.bfloat16, 8192),
+]
 
 KEPT = ["sm_80", "sm_100", "gfx942"]
 """Targets on which two variants stand for all; sm_90 compiles every one."""
@@ -152,12 +158,6 @@ def test_moments_on_hopper(dtype, width, tmp_path):
     registers, stack = resources(kernel, tmp_path)
     assert stack == 0, f"registers are spilled ({registers} registers, {stack} bytes of stack)"
     assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
-
-
-def test_the_widest_token_compiles(tmp_path):
-    """At the limit of 16,384 entries a thread of 512 has 128 registers; a few bytes beyond are allowed."""
-    _, stack = resources(tile_kernel("sm_90", torch.bfloat16, 16_384), tmp_path)
-    assert stack <= 64
 
 
 @pytest.mark.parametrize("target", KEPT)
