@@ -1,7 +1,5 @@
 """Whatever happens inside `preserved`, nothing outside can tell."""
 
-
-
 from __future__ import annotations
 
 import random

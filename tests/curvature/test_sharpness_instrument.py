@@ -1,7 +1,5 @@
 """The `sharpness` instrument: rows against dense Hessians, what it says when it cannot, and that it leaves no trace."""
 
-
-
 from __future__ import annotations
 
 import random
