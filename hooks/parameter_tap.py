@@ -65,7 +65,7 @@ class ParameterTap:
 
         Without `keep` they take the place of the copies: no memory is allocated, and `previous` is None from then on.
         """
-        after = [self.parameters[i] for i in self.covered]
+        after: list[Tensor] = [self.parameters[i] for i in self.covered]
         copies = [self._copies[i] for i in self.covered]
         if self._keep:
             return list(torch._foreach_sub(copies, after))

@@ -71,7 +71,7 @@ class CriticalSharpness(Instrument):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("tolerance", is_share(self.tolerance), "a number between 0 and 1")
-        self.require("alarm", isinstance(self.alarm, int | float) and self.alarm > 0, "a positive number")
+        self.require("alarm", is_positive(self.alarm), "a positive number")
         self.require("max_forwards", type(self.max_forwards) is int and self.max_forwards >= 3, "at least 3")
 
     def attach(self, attachment: Attachment) -> None:
@@ -162,3 +162,8 @@ class CriticalSharpness(Instrument):
             "n_tokens": probe.n_tokens,
             "seconds": time.perf_counter() - began,
         }
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a setting is a number above 0."""
+    return isinstance(value, int | float) and value > 0
