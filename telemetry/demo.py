@@ -21,12 +21,14 @@ from lm_telemetry.errors import SettingsError
 LENGTH = 128
 BATCH = 8
 WARMUP = 20
+PROBE = 4
+"""sequences on which curvature is measured"""
 INSTRUMENTS = {
     "activations": {"every": 5},
     "attention": {"every": 5},
     "parameters": {"every": 5},
     "critical_sharpness": {"every": 25},
-    "sharpness": {"every": 75, "max_hvps": 15},
+    "sharpness": {"every": 75, "max_hvps": 12},
 }
 
 QUESTIONS = {
@@ -95,9 +97,15 @@ def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
 
     logging.set_verbosity_error()
 
-    telemetry = TelemetryCallback(store=store, prometheus_port=port, instruments=INSTRUMENTS, flush_seconds=2.0)
-    model = small_llama()
     text = StandardLibrary(LENGTH)
+    telemetry = TelemetryCallback(
+        store=store,
+        prometheus_port=port,
+        instruments=INSTRUMENTS,
+        flush_seconds=2.0,
+        probe=torch.utils.data.default_collate([text[i * len(text) // PROBE] for i in range(PROBE)]),
+    )
+    model = small_llama()
     print(
         f"Training a Llama of {model.num_parameters() / 1e6:.1f} M parameters on {len(text) * LENGTH / 1e6:.1f} MB of "
         f"Python, {steps} steps.\nWhile it runs, Prometheus can scrape {telemetry.address}\n"
@@ -109,7 +117,7 @@ def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
                 output_dir=out,
                 max_steps=steps,
                 per_device_train_batch_size=BATCH,
-                learning_rate=2e-3,
+                learning_rate=1e-3,
                 warmup_steps=min(WARMUP, steps // 2),
                 lr_scheduler_type="constant_with_warmup",
                 report_to=[],
