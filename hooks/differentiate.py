@@ -6,11 +6,14 @@ context is open. Facts that shaped it:
 
 * flash and memory-efficient attention have no second derivative, so the graph is built under the math backend of
   `scaled_dot_product_attention`; attention implementations outside torch are refused (`require_second_derivative`);
+* an operation marked as differentiable once stands in the graph as a node that would raise, but `autograd.grad` walks
+  only what leads to the parameters, and leaves that part of the product out in silence. So the graph is looked through;
 * `torch.autograd.grad` is used and never `.backward()`: it fills no `.grad` and fires no hook of DDP;
 * an in-place write to a parameter makes the graph stale; torch refuses the next product aloud.
 
 Vectors are flat, (P,), in the order of the parameters given, in float32 or, for float64 parameters, float64; each
-piece is cast to its parameter's dtype on the way in. Left out: sharded parameters (FSDP2, tensor parallel), which are
+piece is cast to its parameter's dtype on the way in. Where there is no second derivative, or no room for its graph, see
+`finite_difference`; `curvature_operator` chooses. Left out: sharded parameters (FSDP2, tensor parallel), which are
 refused, and averaging products over ranks.
 """
 
@@ -60,8 +63,8 @@ class RetainedHessian:
         hvps: products computed so far.
 
     Raises:
-        ProbeError: on entering: nothing trainable, sharded parameters, a loss that no parameter reaches, or a gradient
-            that is not finite.
+        ProbeError: on entering: nothing trainable, sharded parameters, a loss that no parameter reaches, a gradient
+            that is not finite, or one with an operation in it that is known to have no derivative.
     """
 
     def __init__(self, loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
@@ -89,10 +92,7 @@ class RetainedHessian:
         return self._parameters[0].device
 
     def __enter__(self) -> Self:
-        if not self._parameters:
-            raise ProbeError("no parameter requires gradients: the loss has no curvature in what is trained")
-        if any(hasattr(p, "placements") for p in self._parameters):
-            raise ProbeError("the parameters are sharded (DTensor): Hessian-vector products need whole parameters")
+        require_trainable(self._parameters)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), eager():
             loss = self._evaluate()
             if not loss.requires_grad:
@@ -104,6 +104,7 @@ class RetainedHessian:
         self.gradient = flatten([g.detach() for g in gradients], dtype=self.dtype, device=self.device)
         if not bool(torch.isfinite(self.gradient).all()):
             raise ProbeError("the gradient on the probe is not finite: no second derivative of it means anything")
+        _require_derivatives(gradients)
         self._graph = list(gradients)
         self._inside = True
         return self
@@ -178,8 +179,32 @@ def require_second_derivative(model: nn.Module) -> None:
     if "flash" in implementation or "flex" in implementation:
         raise ProbeError(
             f"attention implementation {implementation!r} has no second derivative: load the model with "
-            "attn_implementation='sdpa' or 'eager' to measure its curvature"
+            "attn_implementation='sdpa' or 'eager', or use the derivative 'finite_difference'"
         )
+
+
+def _require_derivatives(gradients: Sequence[Tensor]) -> None:
+    """Refuse gradients (ProbeError) whose graph holds an operation that torch knows to be without derivative."""
+    todo = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
+            raise ProbeError(
+                "the loss has no second derivative: its gradient passes through an operation that is differentiable "
+                "once only (a fused kernel, or a function marked so); use the derivative 'finite_difference'"
+            )
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        todo += new
+
+
+def require_trainable(parameters: Sequence[Tensor]) -> None:
+    """Refuse an empty or a sharded list of parameters (ProbeError)."""
+    if not parameters:
+        raise ProbeError("no parameter requires gradients: the loss has no curvature in what is trained")
+    if any(hasattr(p, "placements") for p in parameters):
+        raise ProbeError("the parameters are sharded (DTensor): Hessian-vector products need whole parameters")
 
 
 def flat_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -192,7 +217,8 @@ def flatten(tensors: Sequence[Tensor], *, dtype: torch.dtype, device: torch.devi
     return torch.cat([t.reshape(-1).to(device=device, dtype=dtype) for t in tensors])
 
 
-def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Cut a vector (P,) into tensors with the shapes, dtypes and devices of `like`."""
+def unflatten(vector: Tensor, like: Sequence[Tensor], *, cast: bool = True) -> list[Tensor]:
+    """Cut a vector (P,) into tensors like `like`: shapes, dtypes, devices. Without `cast` they are views of it."""
     pieces = torch.split(vector, [t.numel() for t in like])
-    return [piece.view(t.shape).to(device=t.device, dtype=t.dtype) for piece, t in zip(pieces, like, strict=True)]
+    shaped = [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+    return [piece.to(device=t.device, dtype=t.dtype) for piece, t in zip(shaped, like, strict=True)] if cast else shaped

@@ -6,6 +6,9 @@ arguments that carry the state of the training step (how many items the accumula
 are dropped. A loss that the trainer computes outside the model (label smoothing, a loss function of its own) is
 not seen here.
 
+A probe too large to differentiate at once is cut into micro-batches of whole sequences (`Probe.micro_batches`), whose
+losses, weighted by their numbers of counted labels, add up to the loss of the whole.
+
 Left out: choosing a good probe (give one in the settings), and averaging over ranks: each rank has its own probe.
 """
 
@@ -15,7 +18,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -35,6 +38,9 @@ NOT_REPLAYED = frozenset(
     }
 )
 """Arguments that belong to the step a batch was taken from."""
+
+IGNORED_LABEL = -100
+"""The label that torch's and transformers' losses do not count."""
 
 
 class Probe:
@@ -130,6 +136,41 @@ class Probe:
             raise ProbeError(f"the loss on the probe is {float(loss.detach())}: no derivative of it means anything")
         return loss.reshape(())
 
+    def micro_batches(self, size: int | None, *, model: nn.Module) -> list[tuple[float, Probe]]:
+        """The batch in pieces of at most `size` sequences, each with its share w of the loss: L = Σ w_i L_i, Σ w_i = 1.
+
+        The loss is taken for a mean over counted labels, so w_i = n_i/n with n_i the labels in piece i that are not
+        -100. A causal loss looks at `labels[:, 1:]`, and so counts only those. Without `labels` sequences are counted.
+        Pieces in which nothing is counted are left out: their own mean would be 0/0. The pieces are views.
+
+        Args:
+            size: sequences in a piece at most; None leaves the batch whole.
+            model: whose loss it is, to know whether it shifts the labels.
+
+        Raises:
+            ProbeError: a loss that is no such mean, an argument that cannot be cut by sequences, or no label counted.
+        """
+        batch = self.batch
+        n = _sequences(batch)
+        if size is None or n <= size:
+            return [(1.0, self)]
+        if batch.get("output_router_logits", getattr(getattr(model, "config", None), "output_router_logits", False)):
+            raise ProbeError(
+                "micro_batch: the router's auxiliary loss (`output_router_logits`) is not a mean over labels, so the "
+                "loss of the whole is no sum over pieces; use micro_batch = None or switch that loss off"
+            )
+        counts = _counted_labels(batch, n, model)
+        if not any(counts):
+            raise ProbeError("micro_batch: no label of the probe is counted (all are -100)")
+        pieces: list[tuple[float, Probe]] = []
+        for start in range(0, n, size):
+            share = sum(counts[start : start + size]) / sum(counts)
+            if share > 0:
+                piece = Probe()
+                piece._batch = {name: _cut(value, start, size, n, name) for name, value in batch.items()}
+                pieces.append((share, piece))
+        return pieces
+
     def precision(self, model: nn.Module) -> torch.dtype:
         """The dtype the model computes in: autocast's where its forward enters one, else that of its parameters.
 
@@ -157,6 +198,39 @@ def eager() -> AbstractContextManager[None]:
     return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing of transformers' layers inside a model in eval mode, without its dropout.
+
+    Such a layer checkpoints itself where `gradient_checkpointing` is set and it is training; its own dropout asks the
+    same flag. So the flag is raised on these layers alone, and taken down again within what is checkpointed, also when
+    that is computed anew in the backward pass. Layers of other libraries that ask no flag need nothing.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            bases = {base.__name__ for base in type(layer).__mro__}
+            if "GradientCheckpointingLayer" in bases and getattr(layer, "gradient_checkpointing", False):
+                stack.callback(setattr, layer, "_gradient_checkpointing_func", layer._gradient_checkpointing_func)
+                stack.callback(setattr, layer, "training", layer.training)
+                layer._gradient_checkpointing_func = _evaluated(layer, layer._gradient_checkpointing_func)
+                layer.training = True
+        yield
+
+
+def _evaluated(layer: nn.Module, checkpoint: Any) -> Any:
+    def checkpoint_evaluated(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*inner: Any, **named: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*inner, **named)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args, **kwargs)
+
+    return checkpoint_evaluated
+
+
 def _takes_use_cache(model: nn.Module) -> bool:
     # Of the class: accelerate replaces `forward` on the instance by a wrapper.
     accepted = inspect.signature(type(model).forward).parameters
@@ -172,6 +246,54 @@ def _loss_of(output: Any) -> Tensor | None:
     if not isinstance(output, Tensor):
         output = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return output if isinstance(output, Tensor) else None
+
+
+def _sequences(batch: Mapping[str, Any]) -> int:
+    named = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    tensors = [*(t for t in named if isinstance(t, Tensor)), *(t for _, t in _tensors(batch))]
+    return next((int(t.shape[0]) for t in tensors if t.dim() > 0), 1)
+
+
+def _counted_labels(batch: Mapping[str, Any], n: int, model: nn.Module) -> list[int]:
+    """Labels that the loss counts, per sequence."""
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, Tensor) or labels.dim() == 0 or labels.shape[0] != n:
+        return [1] * n
+    counted = labels.is_floating_point() | (labels != IGNORED_LABEL)
+    whole: list[int] = counted.reshape(n, -1).sum(1).tolist()
+    if labels.dim() == 1 or "shift_labels" in batch:
+        return whole
+    shifted: list[int] = counted[:, 1:].reshape(n, -1).sum(1).tolist()
+    if any(shifted) and all(a * sum(shifted) == b * sum(whole) for a, b in zip(whole, shifted, strict=True)):
+        return whole  # the same shares either way
+    loss = getattr(model, "loss_function", None)
+    if loss is None:
+        raise ProbeError(
+            f"micro_batch: the shares of the pieces depend on whether the loss of {type(model).__name__} shifts the "
+            "labels, which is not known; give `shift_labels`, sequences with equally many labels, or micro_batch = None"
+        )
+    causal = getattr(loss, "__name__", "") == "ForCausalLMLoss"
+    # Encoder-decoder models shift the decoder's inputs instead.
+    return shifted if causal and not getattr(model.config, "is_encoder_decoder", False) else whole
+
+
+def _cut(value: Any, start: int, size: int, n: int, name: str) -> Any:
+    """The sequences from `start` on of an argument; what all sequences share is left whole."""
+    if isinstance(value, Mapping):
+        return {key: _cut(part, start, size, n, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(part, start, size, n, f"{name}[{i}]") for i, part in enumerate(value))
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    dim = -2 if name == "position_ids" and value.dim() == 3 else 0  # (3, B, S) of multimodal rotary embeddings
+    if value.shape[dim] == 1:
+        return value
+    if value.shape[dim] != n:
+        raise ProbeError(
+            f"micro_batch: expected {n} sequences along dimension {dim} of `{name}`; got shape {tuple(value.shape)}; "
+            "this batch cannot be cut: use micro_batch = None"
+        )
+    return value.narrow(dim, start, min(size, n - start))
 
 
 def _copy(value: Any, device: torch.device | None) -> Any:

@@ -22,9 +22,13 @@ Left out: rows whose entries are not adjacent. The twin takes those.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK = 2048
 """Columns a pass takes at a time, at most: 8 a thread for eight warps, a load of 16 bytes in bfloat16."""
@@ -73,10 +77,10 @@ def hvp_row(
 
         largest, where = tl.max(m, 0, return_indices=True)
         centre = tl.sum(tl.where(lane == where, c, 0.0), 0)
-        weight = tl.where(m == largest, 1.0, tl.exp(m - largest))
+        weight = tl.exp(m - largest)  # NaN where the largest is infinite, and so the row: as softmax has it
         total = tl.sum(weight * s, 0)
         mean = tl.sum(weight * (t + s * (c - centre)), 0) / total
-        factor = scale / total + (largest - largest)  # NaN where the largest is infinite, as softmax has it
+        factor = scale / total
         for start in range(0, width, BLOCK):
             column = start + lane
             z = tl.load(of_logits + column, mask=column < width, other=float("-inf")).to(tl.float32)

@@ -3,7 +3,8 @@
 Stochastic Lanczos quadrature (arXiv 1901.10159; Golub & Meurant, Matrices, Moments and Quadrature): m steps of Lanczos
 from a random unit vector v give the Gauss quadrature Σ w_i f(θ_i) of v'f(A)v, with nodes θ_i the Ritz values and
 weights w_i the squared first entries of the tridiagonal matrix's eigenvectors; it is exact for polynomials of degree up
-to 2m - 1. As E[v'f(A)v] = tr f(A) / P, the mean over vectors is a quadrature of the spectral density.
+to 2m - 1. As E[v'f(A)v] = tr f(A) / P, the mean over vectors is a quadrature of the spectral density. Vectors are
+random signs over √P, which scatter less than those uniform on the sphere (by the diagonal of f(A), see `trace`).
 
 * The basis is orthogonalised in full, with the code of `lanczos`: without it, ghost copies would shift the weights.
 * A Krylov space that closes early (a degenerate spectrum, few dimensions) has given its vector's measure exactly, with
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lm_telemetry.kernels.lanczos import Krylov
+from lm_telemetry.kernels.trace import own_generator, random_signs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 SHARE_OF_SPAN = 0.01
 """Standard deviation of the broadening Gaussian if none is given, in units of the span of the nodes."""
+LEAST_WIDTH = 3e-4
+"""The same at least, in units of the largest magnitude: a spectrum of one value has no span, and float32 no finer."""
 PADDING = 5.0
 """How far the grid reaches beyond the outermost nodes, in standard deviations: 3e-7 of a node's weight is beyond it."""
 LEAST_POINTS = 16
@@ -79,9 +83,9 @@ def spectral_density(
     Args:
         matvec: v -> Av for v of shape (P,), unit norm; its argument must not be written to.
         dimension: P.
-        probes: random vectors, uniform on the sphere.
+        probes: vectors of random signs.
         steps: Lanczos steps from each, fewer where the Krylov space closes; at most probes · steps products.
-        generator: source of the vectors, on `device`; None seeds a new one with 0. The global one is never used.
+        generator: source of the vectors, on `device`; None takes `own_generator(0)`. The global one is never used.
         grid_points: points of the grid, which spans the nodes and their broadening.
         width: standard deviation of the broadening, in units of the eigenvalues; None takes 1 % of the span.
         dtype: of the basis, float32 or float64. Quadratures are computed in float64 on the host.
@@ -92,8 +96,7 @@ def spectral_density(
         FloatingPointError: a product with A is not finite.
     """
     _check(dimension=dimension, probes=probes, steps=steps, grid_points=grid_points, width=width)
-    if generator is None:
-        generator = torch.Generator(device=device).manual_seed(0)
+    generator = generator or own_generator(0, device)
     quadratures = [
         _quadrature(matvec, dimension=dimension, steps=steps, generator=generator, dtype=dtype, device=device)
         for _ in range(probes)
@@ -103,9 +106,7 @@ def spectral_density(
     weights = torch.stack([torch.nn.functional.pad(w, (0, longest - len(w))) for _, w in quadratures])
     low, high = float(nodes.min()), float(nodes.max())
     if width is None:
-        # Of a spectrum of one value (or of zeros) the span is rounding error, and no scale.
-        scale = max(abs(low), abs(high)) or 1.0
-        width = max(SHARE_OF_SPAN * (high - low), math.sqrt(torch.finfo(dtype).eps) * scale)
+        width = max(SHARE_OF_SPAN * (high - low), LEAST_WIDTH * (max(abs(low), abs(high)) or 1.0))
     # One cell more on either side, so that an outermost node lies inside whatever the width.
     spacing = (high - low + 2 * PADDING * width) / (grid_points - 3)
     first = low - PADDING * width - spacing
@@ -134,7 +135,7 @@ def _quadrature(
 ) -> tuple[Tensor, Tensor]:
     """Gauss nodes and weights of one random vector's spectral measure, each (m,) in float64, nodes ascending."""
     space = Krylov(dimension=dimension, dtype=dtype, device=torch.device(device), generator=generator)
-    space.begin(None)
+    space.begin(random_signs(dimension, generator, dtype, device), mix=False)
     closed = False
     while not closed and space.size < min(steps, dimension):
         closed = space.extend(matvec, 1.0)
@@ -150,7 +151,8 @@ def _broadened(grid: Tensor, spacing: float, nodes: Tensor, weights: Tensor, wid
     edges = torch.cat([grid - spacing / 2, grid[-1:] + spacing / 2])
     below = torch.special.ndtr((edges[:, None] - nodes) / width) @ weights
     share = below.diff()
-    return share / (share.sum() * spacing)
+    density: Tensor = share / (share.sum() * spacing)
+    return density
 
 
 def _check(*, dimension: int, probes: int, steps: int, grid_points: int, width: float | None) -> None:

@@ -190,18 +190,20 @@ class Krylov:
         """Products spent, which is the number of basis vectors."""
         return len(self.diagonal)
 
-    def begin(self, start: Tensor | None) -> None:
-        """Set the first basis vector."""
-        noise = self._random()
+    def begin(self, start: Tensor | None, *, mix: bool = True) -> None:
+        """Set the first basis vector: the sum of `start`, mixed with noise unless told otherwise; or noise alone."""
         if start is None:
-            self._next = noise
+            self._next = self._random()
             return
-        mixed = start.to(device=self.device, dtype=self.dtype).reshape(-1, self.dimension).sum(0)
-        norm = mixed.norm()
+        first = start.to(device=self.device, dtype=self.dtype).reshape(-1, self.dimension).sum(0)
+        norm = first.norm()
         if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
             raise ValueError("start: expected finite vectors whose sum is not zero; pass start=None for a cold start")
-        mixed = mixed.div_(norm).add_(noise)
-        self._next = mixed.div_(mixed.norm())
+        first = first.div_(norm)
+        if mix:
+            first = first.add_(self._random())
+            first = first.div_(first.norm())
+        self._next = first
 
     def extend(self, matvec: Callable[[Tensor], Tensor], sign: float) -> bool:
         """Spend one product. True if the basis now spans an invariant subspace."""

@@ -5,11 +5,16 @@ Two unbiased estimators over random signs z (Rademacher), for which E[z'Az] = tr
 * `hutchinson`: the mean of z'Az. Its variance a probe is 2(|A|_F² - Σ A_ii²), the least of all such distributions of
   independent entries, and nothing at all for a diagonal A;
 * `hutch_pp` (Hutch++, arXiv 2010.09649): with Q an orthonormal basis of AS for random signs S, tr A is tr Q'AQ, which
-  is computed exactly, plus the trace of (I - QQ')A(I - QQ'), which is left to Hutchinson. What made the variance, the
-  few large eigenvalues of a Hessian, is then out of it: the error falls as 1/n where Hutchinson's falls as 1/√n if the
-  spectrum decays. It holds n/3 vectors of length P in memory; Hutchinson holds one.
+  is computed exactly, plus the trace of (I - QQ')A(I - QQ'), which is left to Hutchinson. If the spectrum decays fast,
+  what made the variance is then out of it, and the error falls as 1/n where Hutchinson's falls as 1/√n. It holds n/3
+  vectors of length P in memory; Hutchinson holds one.
 
-Errors are normal for many probes; for few, an interval of 95 % is `stderr` times Student's t of probes - 1 degrees.
+Which one: a language model's Hessian has too long a bulk for Hutch++. On a Llama of 106,816 parameters after 40 AdamW
+steps (trace 14,950, top eigenvalue 181) the standard deviations at 9, 18 and 36 products were 1.9, 1.7 and 1.2 % for
+Hutchinson, 3.8, 2.5 and 1.5 % for Hutch++.
+
+For few probes an interval of 95 % is `stderr` times Student's t of probes - 1 degrees of freedom. Where one direction
+dominates what is probed, samples are skewed and it is too short: 91 % with 4 probes on eigenvalues 1/i².
 Left out: antithetic or orthogonalised probes, and control variates between captures.
 """
 
@@ -60,7 +65,7 @@ def hutchinson(
         matvec: v -> Av for v of shape (P,); its argument must not be written to.
         dimension: P.
         probes: products with A to spend, one a vector.
-        generator: source of random signs, on `device`; None seeds a new one with 0. The global one is never used.
+        generator: source of random signs, on `device`; None takes `own_generator(0)`. The global one is never used.
         dtype: of the vectors, float32 or float64. Sums over probes are taken in float64 on the host.
         device: where the vectors live.
 
@@ -69,10 +74,10 @@ def hutchinson(
         FloatingPointError: a product with A is not finite.
     """
     _check(dimension=dimension, probes=probes, least=1)
-    generator = generator or torch.Generator(device=device).manual_seed(0)
-    samples = []
+    generator = generator or own_generator(0, device)
+    samples: list[float] = []
     for _ in range(probes):
-        signs = _signs(dimension, generator, dtype, device)
+        signs = random_signs(dimension, generator, dtype, device)
         samples.append(_finite(float(signs @ matvec(signs).to(dtype)), len(samples) + 1))
     mean, stderr = _mean(samples)
     return TraceEstimate(value=mean, stderr=stderr, probes=probes, hvps=probes)
@@ -95,7 +100,7 @@ def hutch_pp(
         matvec: v -> Av for v of shape (P,); its argument must not be written to.
         dimension: P.
         probes: products with A to spend at most, at least 3; fewer are spent if A has too small a rank for the sketch.
-        generator: source of random signs, on `device`; None seeds a new one with 0. The global one is never used.
+        generator: source of random signs, on `device`; None takes `own_generator(0)`. The global one is never used.
         dtype: of the vectors, float32 or float64. Sums over probes are taken in float64 on the host.
         device: where the vectors live.
 
@@ -104,7 +109,7 @@ def hutch_pp(
         FloatingPointError: a product with A is not finite.
     """
     _check(dimension=dimension, probes=probes, least=3)
-    generator = generator or torch.Generator(device=device).manual_seed(0)
+    generator = generator or own_generator(0, device)
     spent = 0
 
     def product(vector: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def hutch_pp(
     basis: list[Tensor] = []
     for _ in range(sketch):
         # A copy, since an operator may hand back its argument or a tensor of its own.
-        image = product(_signs(dimension, generator, dtype, device)).clone()
+        image = product(random_signs(dimension, generator, dtype, device)).clone()
         size = _finite(float(image.norm()), spent)
         _project_out(basis, image)
         left = float(image.norm())
@@ -125,16 +130,27 @@ def hutch_pp(
         if left > 10 * torch.finfo(dtype).eps * size:
             basis.append(image.div_(left))
     exact = math.fsum(_finite(float(q @ product(q)), spent) for q in basis)
-    samples = []
+    samples: list[float] = []
     for _ in range(remainder):
-        signs = _signs(dimension, generator, dtype, device)
+        signs = random_signs(dimension, generator, dtype, device)
         _project_out(basis, signs)
         samples.append(_finite(float(signs @ product(signs)), spent))
     rest, stderr = _mean(samples)
     return TraceEstimate(value=exact + rest, stderr=stderr, probes=remainder, hvps=spent)
 
 
-def _signs(dimension: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def own_generator(number: int, device: torch.device | str) -> torch.Generator:
+    """A generator whose stream depends on `number`, and is shared with nobody.
+
+    Weights are drawn by generators with small seeds. Signs from the stream that made the weights are correlated with
+    them, and an estimate would be biased: by 12 % of the second moment in a case that was met.
+    """
+    # A multiplicative hash (Knuth) into seeds that nobody types.
+    return torch.Generator(device=device).manual_seed((number + 1) * 0x9E3779B97F4A7C15 % 2**63)
+
+
+def random_signs(dimension: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """(P,) independent entries of 1 and -1, of length √P."""
     signs = torch.empty(dimension, dtype=dtype, device=device)
     return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 

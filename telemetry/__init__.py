@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lm_telemetry.callback import TelemetryCallback
+    from lm_telemetry.curvature import Curvature
     from lm_telemetry.observation import observe
     from lm_telemetry.settings import Settings
 
 _WHERE = {
+    "Curvature": "lm_telemetry.curvature",
     "Settings": "lm_telemetry.settings",
     "TelemetryCallback": "lm_telemetry.callback",
     "observe": "lm_telemetry.observation",
 }
 
-__all__ = ["Settings", "TelemetryCallback", "observe"]
+__all__ = ["Curvature", "Settings", "TelemetryCallback", "observe"]
 
 
 def __getattr__(name: str) -> Any:

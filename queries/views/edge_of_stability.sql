@@ -49,7 +49,7 @@ kept AS (
 placed AS (
     SELECT
         *,
-        last_value(loss IGNORE NULLS) OVER (
+        max_by(loss, CASE WHEN loss IS NOT NULL THEN step END) OVER (
             PARTITION BY run_id, rank ORDER BY step, is_estimate
             ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
         ) AS training_loss

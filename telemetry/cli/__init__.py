@@ -13,13 +13,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli import demo, runs, sql, views
+from lm_telemetry.cli import curvature, demo, runs, sql, views
 from lm_telemetry.errors import QueryError, TelemetryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = (sql, views, runs, demo)
+COMMANDS = (sql, views, runs, curvature, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

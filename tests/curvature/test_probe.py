@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from lm_telemetry.errors import ProbeError
 from lm_telemetry.hooks.preserve import evaluating
@@ -178,3 +179,71 @@ def test_the_hash_is_of_the_content():
     assert frozen({"b": torch.arange(6)[::2].clone(), "a": batch["a"]}).sha256 != expected
     assert frozen({"b": torch.arange(3).reshape(1, 3), "a": batch["a"]}).sha256 != expected
     assert frozen({"b": torch.arange(3), "a": batch["a"].half()}).sha256 != expected
+
+
+# -- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+def labelled(*lengths, width=6):
+    """Sequences of which the first `length` labels are counted."""
+    labels = torch.full((len(lengths), width), -100)
+    for row, length in enumerate(lengths):
+        labels[row, :length] = 1
+    return {"input_ids": torch.arange(len(lengths) * width).reshape(-1, width), "labels": labels}
+
+
+def shares(batch, model, size):
+    return [share for share, _ in frozen(batch).micro_batches(size, model=model)]
+
+
+def test_shares_count_what_the_loss_counts(tiny_llama):
+    causal, _ = tiny_llama(0)
+    masked = SimpleNamespace(loss_function=ForMaskedLMLoss, config=SimpleNamespace())
+    decoder = SimpleNamespace(loss_function=ForCausalLMLoss, config=SimpleNamespace(is_encoder_decoder=True))
+    batch = labelled(6, 2, 4, 1)
+    assert shares(batch, causal, 1) == [5 / 9, 1 / 9, 3 / 9]  # the last one's only label is shifted out
+    assert shares(batch, causal, 2) == [6 / 9, 3 / 9]
+    for unshifted in (masked, decoder):
+        assert shares(batch, unshifted, 1) == [6 / 13, 2 / 13, 4 / 13, 1 / 13]
+    assert shares(batch | {"shift_labels": batch["labels"]}, causal, 2) == [8 / 13, 5 / 13]
+    assert shares({"x": torch.zeros(3, 2)}, Recorder(), 2) == [2 / 3, 1 / 3]
+    assert shares({"x": torch.zeros(3, 2), "labels": torch.zeros(3, 2)}, Recorder(), 1) == [1 / 3] * 3
+    assert shares({"x": torch.zeros(3, 2), "labels": torch.tensor([0, -100, 2])}, Recorder(), 1) == [1 / 2] * 2
+    whole = frozen(batch)
+    for size in (None, 4, 9):
+        assert whole.micro_batches(size, model=causal) == [(1.0, whole)]
+
+
+def test_pieces_are_views_of_the_sequences(tiny_llama):
+    model, _ = tiny_llama(0)
+    batch = labelled(6, 6, 6) | {
+        "position_ids": torch.arange(6)[None],
+        "scale": torch.tensor(2.0),
+        "extra": [torch.arange(3)],
+        "name": "a",
+    }
+    probe = frozen(batch)
+    (_, first), (_, last) = probe.micro_batches(2, model=model)
+    assert torch.equal(first.batch["input_ids"], batch["input_ids"][:2])
+    assert torch.equal(last.batch["input_ids"], batch["input_ids"][2:])
+    assert last.batch["input_ids"].data_ptr() == probe.batch["input_ids"][2:].data_ptr()
+    assert torch.equal(last.batch["position_ids"], batch["position_ids"])
+    assert torch.equal(last.batch["extra"][0], torch.tensor([2]))
+    assert last.batch["scale"] == 2
+    assert last.batch["name"] == "a"
+    rotary = torch.arange(3 * 3 * 6).view(3, 3, 6)  # (axes, sequences, positions)
+    (_, first), _ = frozen(batch | {"position_ids": rotary}).micro_batches(2, model=model)
+    assert torch.equal(first.batch["position_ids"], rotary[:, :2])
+
+
+def test_what_is_no_mean_over_sequences_is_not_cut(tiny_llama):
+    model, _ = tiny_llama(0)
+    for batch, message in (
+        (labelled(1, 1), "no label of the probe is counted"),
+        (labelled(6, 6) | {"pixels": torch.zeros(5, 3)}, "expected 2 sequences along dimension 0 of `pixels`"),
+        (labelled(6, 6) | {"output_router_logits": True}, "auxiliary loss"),
+    ):
+        with pytest.raises(ProbeError, match=message):
+            frozen(batch).micro_batches(1, model=model)
+    with pytest.raises(ProbeError, match="whether the loss of Recorder shifts"):
+        frozen(labelled(6, 2)).micro_batches(1, model=Recorder())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lm_telemetry.catalogue import columns
 from lm_telemetry.errors import SettingsError
+from lm_telemetry.hooks.gauss_newton import GaussNewton
 from lm_telemetry.hooks.optimizer import preconditioner
+from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.instruments.sharpness import Sharpness
+from lm_telemetry.kernels.lanczos import lanczos
 
 HESSIAN = torch.diag(torch.tensor([4.0, 2.5, 1.0, -6.0]))
 
@@ -65,6 +71,71 @@ def test_a_llama_under_adam_against_dense_matrices(tiny_llama, bench, dense_llam
     assert rows["hessian"]["threshold"] is None
     assert rows["preconditioned"]["threshold"] == pytest.approx(38 / 1e-3)
     assert all(r["converged"] and r["n_tokens"] == 16 for r in rows.values())
+
+
+def test_both_ends_by_both_derivatives(tiny_llama, bench, dense_llama_hessian):
+    """In micro-batches of one sequence, too; the smallest are counted from -1 down and have no threshold."""
+    model, batch = tiny_llama(0, dtype=torch.float32, initializer_range=0.2)
+    subject = bench(model, batch, sgd(model, lr=0.0))
+    exact = torch.linalg.eigvalsh(dense_llama_hessian(copy.deepcopy(model).double(), batch))
+    for options in ({}, {"derivative": "finite_difference"}, {"micro_batch": 1}):
+        instrument = subject.attach(Sharpness(k=2, smallest=2, tolerance=1e-3, max_hvps=200, **options))
+        rows = {r["index"]: r for r in subject.step(instrument, 1)}
+        assert list(rows) == [0, 1, -1, -2]
+        for index, row in rows.items():
+            # The tolerance of the solve, and up to 0.7 % of a product by differences.
+            assert row["value"] == pytest.approx(float(exact[-1 - index]), rel=0.01)
+            assert row["derivative"] == options.get("derivative", "double_backward")
+            assert row["converged"]
+            assert row["threshold"] is None
+            assert (row["hvps"] is None) is (index in (1, -2))
+        assert subject.events == []
+
+
+def test_the_gauss_newton_matrix(tiny_llama, bench):
+    """Against a longer solve of the same operator: what is tested here is the row."""
+    model, batch = tiny_llama(0, initializer_range=0.2)
+    subject = bench(model, batch, sgd(model, lr=1e-9))
+    values = []
+    for micro_batch in (None, 1):
+        instrument = Sharpness(operators=["gauss_newton", "hessian"], tolerance=1e-4, micro_batch=micro_batch)
+        rows = {r["operator"]: r for r in subject.step(subject.attach(instrument), 1)}
+        assert rows["gauss_newton"]["threshold"] is None
+        assert rows["hessian"]["threshold"] == pytest.approx(2e9)
+        values.append(rows["gauss_newton"]["value"])
+    with evaluating(model), GaussNewton(model, subject.probe, list(model.parameters())) as matrix:
+        exact = lanczos(
+            matrix.matvec, dimension=matrix.dimension, tolerance=1e-8, max_steps=200, dtype=torch.float64
+        ).value
+    assert values == pytest.approx([exact, exact], rel=1e-3)
+
+
+def test_a_model_without_second_derivative_is_measured_and_told_of_once(bench):
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad):
+            return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+    model = failing(lambda w: (Tanh.apply(w) ** 2).sum())
+    subject = bench(model, {"x": torch.zeros(1)}, sgd(model, lr=0.0))
+    instrument = subject.attach(Sharpness())
+    for step in (1, 2):
+        (row,) = subject.step(instrument, step)
+        assert row["derivative"] == "finite_difference"
+        # d²/dw² tanh² at 1, three times.
+        tanh = math.tanh(1)
+        assert row["value"] == pytest.approx(2 * (1 - tanh**2) * (1 - 3 * tanh**2), rel=0.01)
+        assert row["residual"] > 0  # at least the error of the differences
+    assert [(severity, kind) for severity, kind, _ in subject.events] == [("info", "finite_differences")]
+    assert "no second derivative" in subject.events[0][2]
+    subject.step(subject.attach(Sharpness(derivative="double_backward")), 3)
+    assert subject.events[1][:2] == ("warning", "sharpness_not_measured")
 
 
 def test_a_warm_start_is_cheaper_and_right(tiny_llama, bench, dense_llama_hessian):
@@ -249,9 +320,10 @@ def trained(tiny_llama, bench):
     return subject
 
 
-def test_nothing_is_changed(tiny_llama, bench):
+@pytest.mark.parametrize("derivative", ["double_backward", "finite_difference"])
+def test_nothing_is_changed(tiny_llama, bench, derivative):
     subject = trained(tiny_llama, bench)
-    instrument = subject.attach(Sharpness())
+    instrument = subject.attach(Sharpness(derivative=derivative))
     before = everything(subject.model, subject.optimizer)
     instrument.begin(1)
     instrument.measure(1)
@@ -259,10 +331,19 @@ def test_nothing_is_changed(tiny_llama, bench):
     assert everything(subject.model, subject.optimizer) == before
 
 
-@pytest.mark.parametrize("where", ["forward", "product"])
-def test_nothing_is_changed_when_memory_runs_out(tiny_llama, bench, monkeypatch, where):
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("double_backward", "forward", 1),
+        ("double_backward", "product", 1),
+        ("finite_difference", "forward", 1),
+        ("auto", "forward", 2),
+    ],
+)
+def test_nothing_is_changed_when_memory_runs_out(tiny_llama, bench, monkeypatch, case):
+    derivative, where, attempts = case
     subject = trained(tiny_llama, bench)
-    instrument = subject.attach(Sharpness())
+    instrument = subject.attach(Sharpness(derivative=derivative))
     calls = 0
 
     def fail(*args, **kwargs):
@@ -279,7 +360,7 @@ def test_nothing_is_changed_when_memory_runs_out(tiny_llama, bench, monkeypatch,
     instrument.begin(1)
     with pytest.raises(torch.OutOfMemoryError):  # the agent's to catch
         instrument.measure(1)
-    assert calls == 1
+    assert calls == attempts
     assert instrument.harvest() is None
     assert everything(subject.model, subject.optimizer) == before
 
@@ -294,7 +375,12 @@ def test_nothing_is_changed_when_memory_runs_out(tiny_llama, bench, monkeypatch,
         {"tolerance": "1"},
         {"max_hvps": 1},
         {"k": 5, "max_hvps": 4},
-        {"operators": "gauss_newton"},
+        {"operators": "fisher"},
+        {"smallest": -1},
+        {"smallest": 41},
+        {"derivative": "forward"},
+        {"micro_batch": 0},
+        {"micro_batch": True},
         {"operators": ()},
         {"operators": ["hessian", "hessian"]},
         {"every": 0},
