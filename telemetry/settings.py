@@ -28,6 +28,16 @@ from lm_telemetry.errors import SettingsError
 ENTRY_POINT_GROUP = "lm_telemetry.instruments"
 ENV_PREFIX = "LM_TELEMETRY_"
 
+USUAL_INSTRUMENTS = (
+    "activations",
+    "attention",
+    "parameters",
+    "gradient_noise",
+    "critical_sharpness",
+    "sharpness",
+)
+"""Those that run when none are named: the ones whose cost at their usual cadence nobody feels."""
+
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -42,7 +52,7 @@ class Settings:
     """Name of the run, `[A-Za-z0-9._-]`, at most 128 characters. None makes a readable unique one."""
 
     instruments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Names, or a mapping from name to that instrument's own settings. Empty means all the installed ones."""
+    """Names, or a mapping from name to that instrument's own settings. Empty means the usual ones."""
 
     every: int = 10
     """Default cadence in optimizer steps; an instrument's own `every` overrides it. Step 1 is always captured."""
@@ -139,7 +149,7 @@ def _instruments(given: Any) -> Mapping[str, Mapping[str, Any]]:
     known = installed_instruments()
     chosen = given if isinstance(given, Mapping) else {name: {} for name in given}
     if not chosen:
-        return {name: {} for name in sorted(known)}
+        return {name: {} for name in USUAL_INSTRUMENTS}
     result: dict[str, Mapping[str, Any]] = {}
     for name, own in chosen.items():
         if name not in known:

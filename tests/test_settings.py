@@ -7,6 +7,7 @@ import torch
 
 from lm_telemetry import Settings
 from lm_telemetry.errors import SettingsError
+from lm_telemetry.settings import USUAL_INSTRUMENTS, installed_instruments
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,8 @@ def test_defaults():
     settings = Settings.resolve()
     assert settings.store == "telemetry-store"
     assert settings.every == 10
-    assert set(settings.instruments) >= {"activations", "attention", "parameters", "sharpness", "critical_sharpness"}
+    assert tuple(settings.instruments) == USUAL_INSTRUMENTS
+    assert set(USUAL_INSTRUMENTS) < set(installed_instruments())
 
 
 def test_keywords_beat_environment_beats_file_beats_pyproject(elsewhere, monkeypatch):

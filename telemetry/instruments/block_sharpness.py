@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from lm_telemetry.catalogue import Cost
 from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.curvature_operator import DERIVATIVES, CurvatureOperator, Derivative, curvature_operator
 from lm_telemetry.hooks.differentiate import (
     RetainedHessian,
     flat_dtype,
@@ -35,17 +33,16 @@ from lm_telemetry.hooks.differentiate import (
     require_second_derivative,
     unflatten,
 )
-from lm_telemetry.hooks.optimizer import OptimizerReading, read_optimizer
 from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.hooks.probe import eager
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
-from lm_telemetry.instruments.sharpness import is_share
+from lm_telemetry.instruments.probing import Differentiating, Row, is_share
 from lm_telemetry.kernels.lanczos import MINIMUM_STEPS, EigenResult, lanczos
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    import numpy as np
+    from lm_telemetry.hooks.curvature_operator import CurvatureOperator
+    from lm_telemetry.instruments.base import Attachment
 
 
 class PartitionedHessian(RetainedHessian):
@@ -89,13 +86,10 @@ class DiagonalBlock:
 
 
 @dataclass(kw_only=True)
-class BlockSharpness(Instrument):
+class BlockSharpness(Differentiating):
     """Largest eigenvalue of each block's own Hessian on the frozen probe."""
 
     name: ClassVar[str] = "block_sharpness"
-    tables: ClassVar[tuple[str, ...]] = ("curvature",)
-    taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE})
-    cost: ClassVar[Cost] = Cost.GRADIENT
     usual_every: ClassVar[int | None] = 2000
 
     tolerance: float = 0.02
@@ -104,64 +98,21 @@ class BlockSharpness(Instrument):
     max_hvps: int = 20
     """Products a block may cost; what was found by then is stored with converged = false."""
 
-    derivative: Derivative = "auto"
-    """How the Hessian is applied, as for `sharpness`."""
-
-    micro_batch: int | None = None
-    """Sequences of the probe differentiated at a time, so that these bound the memory; None for all at once."""
-
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
     _parts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _reading: OptimizerReading | None = field(default=None, init=False, repr=False, compare=False)
-    _told: bool = field(default=False, init=False, repr=False, compare=False)
-    _captured: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("tolerance", is_share(self.tolerance), "a number between 0 and 1")
         enough = type(self.max_hvps) is int and self.max_hvps >= MINIMUM_STEPS
         self.require("max_hvps", enough, f"at least {MINIMUM_STEPS}")
-        self.require("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
-        size = self.micro_batch
-        self.require("micro_batch", size is None or (type(size) is int and size >= 1), "at least 1, or None")
 
     def attach(self, attachment: Attachment) -> None:
         """Find the parts of the model."""
-        self._attachment = attachment
-        self._told = False
+        super().attach(attachment)
         self._parts = partition(attachment)
 
-    def begin(self, step: int) -> None:
-        """Forget the learning rate of the last capture."""
-        self._reading = None
-        self._captured = []
-
-    def after_update(self) -> None:
-        """Read the learning rate while it is the one of the step."""
-        self._reading = self._read()
-
-    def measure(self, step: int) -> None:
-        """Solve for each part's eigenvalue."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment)
-        except (ProbeError, FloatingPointError) as error:
-            self._attachment.event("warning", "block_sharpness_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimates; they are plain numbers already."""
-        captured, self._captured = self._captured, []
-        return Harvest(note=tuple(captured)) if captured else None
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
         """One row a part."""
-        return {"curvature": {name: [row[name] for row in note] for name in note[0]}}
-
-    def detach(self) -> None:
-        """Let go of the model."""
-        self._attachment = None
-
-    def _estimate(self, attachment: Attachment) -> list[dict[str, Any]]:
         if self.derivative != "finite_difference" and self.micro_batch is None:
             try:
                 return self._on_one_graph(attachment)
@@ -171,7 +122,7 @@ class BlockSharpness(Instrument):
                     raise
         return self._part_by_part(attachment)
 
-    def _on_one_graph(self, attachment: Attachment) -> list[dict[str, Any]]:
+    def _on_one_graph(self, attachment: Attachment) -> list[Row]:
         began = time.perf_counter()
         model, probe = attachment.model, attachment.probe
         require_second_derivative(model)
@@ -186,33 +137,21 @@ class BlockSharpness(Instrument):
                 began = time.perf_counter()
         return rows
 
-    def _part_by_part(self, attachment: Attachment) -> list[dict[str, Any]]:
+    def _part_by_part(self, attachment: Attachment) -> list[Row]:
         rows = []
         for scope, indices in self._parts.items():
             began = time.perf_counter()
-            with curvature_operator(
-                attachment.model,
-                attachment.probe,
-                [attachment.parameters.parameters[i] for i in indices],
-                derivative=self.derivative,
-                micro_batch=self.micro_batch,
-            ) as block:
+            with self.hessian(attachment, [attachment.parameters.parameters[i] for i in indices]) as block:
                 result = self._solve(block)
                 row = self._row(attachment, scope, result, block.loss, began)
                 # Of A + E some eigenvalue lies within |Ay - θy| of θ, and so of A within |Ey| more.
                 row["residual"] += max(block.errors, default=0.0)
                 row["derivative"] = block.derivative
             rows.append(row)
-            if block.reason and not self._told:
-                self._told = True
-                attachment.event("info", "finite_differences", f"the Hessian is applied by differences: {block.reason}")
         return rows
 
-    def _row(
-        self, attachment: Attachment, scope: str, result: EigenResult, loss: float, began: float
-    ) -> dict[str, Any]:
-        # A loop that shows no update leaves only what the optimizer says now, after the scheduler's step.
-        reading = self._reading or self._read()
+    def _row(self, attachment: Attachment, scope: str, result: EigenResult, loss: float, began: float) -> Row:
+        reading = self.reading()
         return {
             "operator": "hessian",
             "scope": scope,
@@ -238,10 +177,6 @@ class BlockSharpness(Instrument):
             dtype=block.dtype,
             device=block.device,
         )
-
-    def _read(self) -> OptimizerReading | None:
-        optimizer = self._attachment.optimizer() if self._attachment else None
-        return None if optimizer is None else read_optimizer(optimizer)
 
 
 def partition(attachment: Attachment) -> dict[str, list[int]]:

@@ -18,22 +18,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from lm_telemetry.catalogue import Cost
 from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.optimizer import read_optimizer
 from lm_telemetry.hooks.preserve import evaluating
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
-from lm_telemetry.instruments.sharpness import is_share
+from lm_telemetry.instruments.base import Attachment, Tap
+from lm_telemetry.instruments.probing import Probing, Row, is_positive, is_share
 from lm_telemetry.kernels.line_search import critical_step
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
 
 LOSS_NOISE: dict[torch.dtype, float] = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-5}
 """Rounding noise of a loss relative to itself, by the dtype it is computed in."""
@@ -44,11 +38,10 @@ that a search that took every lowered loss for a descent found steps that were n
 
 
 @dataclass(kw_only=True)
-class CriticalSharpness(Instrument):
+class CriticalSharpness(Probing):
     """Sharpness along the update by a line search on the frozen probe."""
 
     name: ClassVar[str] = "critical_sharpness"
-    tables: ClassVar[tuple[str, ...]] = ("curvature",)
     taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE, Tap.UPDATE})
     cost: ClassVar[Cost] = Cost.FORWARD
     usual_every: ClassVar[int | None] = 50
@@ -62,11 +55,8 @@ class CriticalSharpness(Instrument):
     alarm: float = 0.9
     """Share of the threshold above which `sharpness` is asked to run on the next step, whatever its cadence."""
 
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
-    _learning_rate: float | None = field(default=None, init=False, repr=False, compare=False)
     _last_eta: float | None = field(default=None, init=False, repr=False, compare=False)
     _noise: float | None = field(default=None, init=False, repr=False, compare=False)
-    _captured: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,44 +69,10 @@ class CriticalSharpness(Instrument):
         self._attachment = attachment
         self._last_eta = self._noise = None
 
-    def begin(self, step: int) -> None:
-        """Forget the last capture."""
-        self._learning_rate = self._captured = None
-
-    def after_update(self) -> None:
-        """Read the learning rate while it is the one of the step."""
-        optimizer = self._attachment.optimizer() if self._attachment else None
-        self._learning_rate = None if optimizer is None else read_optimizer(optimizer).learning_rate
-
-    def measure(self, step: int) -> None:
-        """Search for the critical step."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment)
-            value, threshold = self._captured["value"], self._captured["threshold"]
-            if value is not None and value > self.alarm * threshold:
-                self._attachment.request("sharpness")
-        except ProbeError as error:
-            # A warmup that begins at 0 takes steps of no length; that is nobody's fault.
-            severity = "info" if self._learning_rate == 0 else "warning"
-            self._attachment.event(severity, "critical_sharpness_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimate; it is plain numbers already."""
-        captured, self._captured = self._captured, None
-        return None if captured is None else Harvest(note=captured)
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """One row."""
-        return {"curvature": {name: [value] for name, value in note.items()}}
-
-    def detach(self) -> None:
-        """Let go of the model."""
-        self._attachment = None
-
-    def _estimate(self, attachment: Attachment) -> dict[str, Any]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
+        """Search for the critical step; near the threshold, ask for eigenvalues."""
         began = time.perf_counter()
-        rate = self._learning_rate
+        rate = None if self._reading is None else self._reading.learning_rate
         if rate is None:
             raise ProbeError(
                 "no step of a known optimizer was seen: give `optimizer`, so that its update can be looked along"
@@ -148,7 +104,9 @@ class CriticalSharpness(Instrument):
                 resolution=self._noise,
             )
         self._last_eta = found.eta
-        return {
+        if found.sharpness is not None and found.sharpness > self.alarm * 2 / rate:
+            attachment.request("sharpness")
+        row = {
             "operator": "hessian",
             "scope": "all",
             "estimator": "critical",
@@ -162,8 +120,8 @@ class CriticalSharpness(Instrument):
             "n_tokens": probe.n_tokens,
             "seconds": time.perf_counter() - began,
         }
+        return [row]
 
-
-def is_positive(value: Any) -> bool:
-    """Whether a setting is a number above 0."""
-    return isinstance(value, int | float) and value > 0
+    def severity(self) -> str:
+        """A warmup that begins at 0 takes steps of no length; that is nobody's fault."""
+        return "info" if self._reading is not None and self._reading.learning_rate == 0 else "warning"

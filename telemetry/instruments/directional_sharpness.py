@@ -22,100 +22,41 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from lm_telemetry.catalogue import Cost
-from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.curvature_operator import DERIVATIVES, CurvatureOperator, Derivative, curvature_operator
 from lm_telemetry.hooks.differentiate import flatten
-from lm_telemetry.hooks.optimizer import OptimizerReading, read_optimizer
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
+from lm_telemetry.instruments.base import Attachment, Tap
+from lm_telemetry.instruments.probing import Differentiating, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
     from torch import Tensor
+
+    from lm_telemetry.hooks.curvature_operator import CurvatureOperator
 
 
 @dataclass(kw_only=True)
-class DirectionalSharpness(Instrument):
+class DirectionalSharpness(Differentiating):
     """Curvature along gradient and update on the frozen probe."""
 
     name: ClassVar[str] = "directional_sharpness"
-    tables: ClassVar[tuple[str, ...]] = ("curvature",)
     taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE, Tap.UPDATE})
-    cost: ClassVar[Cost] = Cost.GRADIENT
     usual_every: ClassVar[int | None] = 200
-
-    derivative: Derivative = "auto"
-    """How the Hessian is applied, as for `sharpness`."""
-
-    micro_batch: int | None = None
-    """Sequences of the probe differentiated at a time, so that these bound the memory; None for all at once."""
-
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
-    _reading: OptimizerReading | None = field(default=None, init=False, repr=False, compare=False)
-    _told: bool = field(default=False, init=False, repr=False, compare=False)
-    _captured: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
-        size = self.micro_batch
-        self.require("micro_batch", size is None or (type(size) is int and size >= 1), "at least 1, or None")
 
-    def attach(self, attachment: Attachment) -> None:
-        """Keep the model, the probe, and the way to the parameters and the optimizer."""
-        self._attachment = attachment
-        self._told = False
-
-    def begin(self, step: int) -> None:
-        """Forget the last capture."""
-        self._reading = None
-        self._captured = []
-
-    def after_update(self) -> None:
-        """Read the learning rate while it is the one of the step."""
-        optimizer = self._attachment.optimizer() if self._attachment else None
-        self._reading = None if optimizer is None else read_optimizer(optimizer)
-
-    def measure(self, step: int) -> None:
-        """Look along both directions."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment)
-        except ProbeError as error:
-            self._attachment.event("warning", "directional_sharpness_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimates; they are plain numbers already."""
-        captured, self._captured = self._captured, []
-        return Harvest(note=tuple(captured)) if captured else None
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """One row per direction."""
-        return {"curvature": {name: [row[name] for row in note] for name in note[0]}}
-
-    def detach(self) -> None:
-        """Let go of the model."""
-        self._attachment = None
-
-    def _estimate(self, attachment: Attachment) -> list[dict[str, Any]]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
+        """Both directions."""
         began = time.perf_counter()
         probe, live = attachment.probe, attachment.parameters.parameters
         held, rate = attachment.parameters.previous, self._rate(attachment)
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         with ExitStack() as stack:
             for parameter, copy in zip(live, held or (), strict=held is not None):
                 _exchange(parameter, copy)
                 stack.callback(_exchange, parameter, copy)
-            hessian = stack.enter_context(
-                curvature_operator(
-                    attachment.model, probe, live, derivative=self.derivative, micro_batch=self.micro_batch
-                )
-            )
+            hessian = stack.enter_context(self.hessian(attachment))
             directions = [("gradient", hessian.gradient, 1.0)]
             if held is not None and rate is not None:
                 here, there = (
@@ -141,9 +82,6 @@ class DirectionalSharpness(Instrument):
                         "seconds": seconds,
                     }
                 )
-        if hessian.reason and not self._told:
-            self._told = True
-            attachment.event("info", "finite_differences", f"the Hessian is applied by differences: {hessian.reason}")
         return rows
 
     def _rate(self, attachment: Attachment) -> float | None:

@@ -36,7 +36,7 @@ from torch import Tensor
 from lm_telemetry.catalogue import Cost
 from lm_telemetry.hooks.gradient_tap import GradientTap
 from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument
-from lm_telemetry.instruments.sharpness import is_share
+from lm_telemetry.instruments.probing import is_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,23 +27,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from lm_telemetry.catalogue import Cost
 from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.curvature_operator import DERIVATIVES, CurvatureOperator, MicroBatched, curvature_operator
-from lm_telemetry.hooks.optimizer import OptimizerReading, preconditioner, read_optimizer
+from lm_telemetry.hooks.curvature_operator import MicroBatched
+from lm_telemetry.hooks.optimizer import preconditioner
 from lm_telemetry.hooks.preserve import evaluating
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
+from lm_telemetry.instruments.probing import Differentiating, Row, is_share
 from lm_telemetry.kernels.lanczos import EigenResult, lanczos
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
     from torch import Tensor
     from torch.optim import Optimizer
 
     from lm_telemetry.hooks.differentiate import Operator
     from lm_telemetry.hooks.probe import Probe
+    from lm_telemetry.instruments.base import Attachment
 
 OPERATORS = ("hessian", "preconditioned", "gauss_newton")
 
@@ -57,13 +56,10 @@ ASYMMETRY_LIMIT = 0.02
 
 
 @dataclass(kw_only=True)
-class Sharpness(Instrument):
+class Sharpness(Differentiating):
     """Extreme Hessian eigenvalues by Lanczos on the frozen probe."""
 
     name: ClassVar[str] = "sharpness"
-    tables: ClassVar[tuple[str, ...]] = ("curvature",)
-    taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE})
-    cost: ClassVar[Cost] = Cost.GRADIENT
     usual_every: ClassVar[int | None] = 500
 
     k: int = 1
@@ -86,24 +82,14 @@ class Sharpness(Instrument):
     """How the Hessian is applied: by a second derivative (exact, the memory of a retained graph), or by differences of
     gradients (needs neither); `auto` takes the first where there is one."""
 
-    micro_batch: int | None = None
-    """Sequences of the probe differentiated at a time, so that these bound the memory; None for all at once."""
-
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
-    _reading: OptimizerReading | None = field(default=None, init=False, repr=False, compare=False)
     _warm: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lap: float = field(default=0.0, init=False, repr=False, compare=False)
-    _told: bool = field(default=False, init=False, repr=False, compare=False)
-    _captured: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("k", type(self.k) is int and self.k >= 1, "at least 1")
         self.require("smallest", type(self.smallest) is int and self.smallest >= 0, "at least 0")
         self.require("tolerance", is_share(self.tolerance), "a number between 0 and 1")
-        self.require("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
-        size = self.micro_batch
-        self.require("micro_batch", size is None or (type(size) is int and size >= 1), "at least 1, or None")
         least = max(2, self.k, self.smallest)
         self.require("max_hvps", type(self.max_hvps) is int and self.max_hvps >= least, f"at least {least}")
         if self.operators != "auto":
@@ -114,47 +100,21 @@ class Sharpness(Instrument):
 
     def attach(self, attachment: Attachment) -> None:
         """Keep the model, the probe and the way to the optimizer."""
-        self._attachment = attachment
-        self._told = False
+        super().attach(attachment)
         self._warm.clear()
-
-    def begin(self, step: int) -> None:
-        """Forget the learning rate of the last capture."""
-        self._reading = None
-        self._captured = []
-
-    def after_update(self) -> None:
-        """Read the learning rate while it is the one of the step."""
-        self._reading = self._read()
-
-    def measure(self, step: int) -> None:
-        """Solve for the eigenvalues."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment, step)
-        except (ProbeError, FloatingPointError) as error:
-            self._attachment.event("warning", "sharpness_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimates; they are plain numbers already."""
-        captured, self._captured = self._captured, []
-        return Harvest(note=tuple(captured)) if captured else None
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """One row per operator and eigenvalue."""
-        return {"curvature": {name: [row[name] for row in note] for name in note[0]}}
 
     def detach(self) -> None:
         """Let go of the model and of the warm starts."""
-        self._attachment = None
+        super().detach()
         self._warm.clear()
 
-    def _estimate(self, attachment: Attachment, step: int) -> list[dict[str, Any]]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
+        """One row per operator and eigenvalue."""
         wanted = ("hessian", "preconditioned") if self.operators == "auto" else tuple(self.operators)
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         self._lap = time.perf_counter()
         if set(wanted) & {"hessian", "preconditioned"}:
-            with self._hessian(attachment) as hessian:
+            with self.hessian(attachment) as hessian:
                 if "hessian" in wanted:
                     rows += self._solve(attachment, step, "hessian", hessian, hessian)
                 diagonal = self._diagonal(attachment) if "preconditioned" in wanted else None
@@ -164,20 +124,6 @@ class Sharpness(Instrument):
             with self._gauss_newton(attachment) as matrix:
                 rows += self._solve(attachment, step, "gauss_newton", matrix, matrix)
         return rows
-
-    @contextmanager
-    def _hessian(self, attachment: Attachment) -> Iterator[CurvatureOperator]:
-        with curvature_operator(
-            attachment.model,
-            attachment.probe,
-            attachment.parameters.parameters,
-            derivative="finite_difference" if self._told else self.derivative,
-            micro_batch=self.micro_batch,
-        ) as hessian:
-            yield hessian
-        if hessian.reason and not self._told:
-            self._told = True
-            attachment.event("info", "finite_differences", f"the Hessian is applied by differences: {hessian.reason}")
 
     @contextmanager
     def _gauss_newton(self, attachment: Attachment) -> Iterator[Any]:
@@ -193,18 +139,15 @@ class Sharpness(Instrument):
             with on(attachment.probe) if len(pieces) == 1 else MicroBatched(on, pieces) as matrix:
                 yield matrix
 
-    def _solve(
-        self, attachment: Attachment, step: int, name: str, base: Any, operator: Operator
-    ) -> list[dict[str, Any]]:
+    def _solve(self, attachment: Attachment, step: int, name: str, base: Any, operator: Operator) -> list[Row]:
         """The rows of one operator; `base` is what knows the loss."""
         for setting, k in (("k", self.k), ("smallest", self.smallest)):
             if k > base.dimension:
                 raise ProbeError(f"{setting} = {k} eigenvalues were asked for of {base.dimension} parameters")
-        # A loop that shows no update leaves only what the optimizer says now, after the scheduler's step.
-        reading = self._reading or self._read()
+        reading = self.reading()
         known = name in ("hessian", "preconditioned")
         threshold = reading.threshold(cast("Any", name)) if reading and known else None
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         for which, k in (("largest", self.k), ("smallest", self.smallest)):
             if not k:
                 continue
@@ -255,10 +198,6 @@ class Sharpness(Instrument):
         then, vectors = self._warm.pop(solve, (step - WARM_STEPS - 1, None))
         return vectors if step - then <= WARM_STEPS else None
 
-    def _read(self) -> OptimizerReading | None:
-        optimizer = self._attachment.optimizer() if self._attachment else None
-        return None if optimizer is None else read_optimizer(optimizer)
-
     def _report_asymmetry(self, attachment: Attachment, operator: str, result: EigenResult, error: float) -> None:
         largest = max(abs(pair.value) for pair in result.pairs)
         if result.asymmetry > ASYMMETRY_LIMIT + (error / largest if largest else 0.0):
@@ -271,9 +210,7 @@ class Sharpness(Instrument):
             )
 
 
-def _rows(
-    result: EigenResult, which: str, shared: Mapping[str, Any], error: float, seconds: float
-) -> list[dict[str, Any]]:
+def _rows(result: EigenResult, which: str, shared: Mapping[str, Any], error: float, seconds: float) -> list[Row]:
     return [
         {
             **shared,
@@ -287,8 +224,3 @@ def _rows(
         }
         for rank, pair in enumerate(result.pairs)
     ]
-
-
-def is_share(value: Any) -> bool:
-    """Whether a setting is a number strictly between 0 and 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1

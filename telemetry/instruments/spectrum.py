@@ -13,30 +13,23 @@ an event and no row. Left out: layers, and averaging over ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from lm_telemetry.catalogue import Cost
-from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.curvature_operator import DERIVATIVES, Derivative, curvature_operator
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
+from lm_telemetry.instruments.probing import Differentiating, Row
 from lm_telemetry.kernels.density import LEAST_POINTS, spectral_density
 from lm_telemetry.kernels.trace import own_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
+    from lm_telemetry.instruments.base import Attachment
 
 
 @dataclass(kw_only=True)
-class Spectrum(Instrument):
+class Spectrum(Differentiating):
     """Spectral density of the Hessian on the frozen probe."""
 
     name: ClassVar[str] = "spectrum"
     tables: ClassVar[tuple[str, ...]] = ("spectra",)
-    taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE})
-    cost: ClassVar[Cost] = Cost.GRADIENT
     usual_every: ClassVar[int | None] = 2000
 
     probes: int = 4
@@ -51,16 +44,6 @@ class Spectrum(Instrument):
     width: float | None = None
     """Standard deviation of the broadening, in units of the eigenvalues; None takes 1 % of the span."""
 
-    derivative: Derivative = "auto"
-    """How the Hessian is applied, as for `sharpness`."""
-
-    micro_batch: int | None = None
-    """Sequences of the probe differentiated at a time, so that these bound the memory; None for all at once."""
-
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
-    _told: bool = field(default=False, init=False, repr=False, compare=False)
-    _captured: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("probes", 1), ("steps", 2), ("grid_points", LEAST_POINTS)):
@@ -68,50 +51,11 @@ class Spectrum(Instrument):
             self.require(name, type(value) is int and value >= least, f"at least {least}")
         number = isinstance(self.width, int | float) and not isinstance(self.width, bool)
         self.require("width", self.width is None or (number and self.width > 0), "a positive number, or None")
-        self.require("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
-        size = self.micro_batch
-        self.require("micro_batch", size is None or (type(size) is int and size >= 1), "at least 1, or None")
 
-    def attach(self, attachment: Attachment) -> None:
-        """Keep the model and the probe."""
-        self._attachment = attachment
-        self._told = False
-
-    def begin(self, step: int) -> None:
-        """Forget the last capture."""
-        self._captured = None
-
-    def measure(self, step: int) -> None:
-        """Estimate the density."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment, step)
-        except (ProbeError, FloatingPointError) as error:
-            self._attachment.event("warning", "spectrum_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimate; it is on the host already."""
-        captured, self._captured = self._captured, None
-        return None if captured is None else Harvest(note=captured)
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """One row."""
-        return {"spectra": {name: [value] for name, value in note.items()}}
-
-    def detach(self) -> None:
-        """Let go of the model."""
-        self._attachment = None
-
-    def _estimate(self, attachment: Attachment, step: int) -> dict[str, Any]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
+        """The density, one row."""
         began = time.perf_counter()
-        model, probe = attachment.model, attachment.probe
-        with curvature_operator(
-            model,
-            probe,
-            attachment.parameters.parameters,
-            derivative=self.derivative,
-            micro_batch=self.micro_batch,
-        ) as hessian:
+        with self.hessian(attachment) as hessian:
             found = spectral_density(
                 hessian.matvec,
                 dimension=hessian.dimension,
@@ -123,8 +67,7 @@ class Spectrum(Instrument):
                 dtype=hessian.dtype,
                 device=hessian.device,
             )
-        self._tell(attachment, hessian.reason)
-        return {
+        row = {
             "operator": "hessian",
             "scope": "all",
             "estimator": "slq",
@@ -135,9 +78,4 @@ class Spectrum(Instrument):
             "hvps": found.hvps,
             "seconds": time.perf_counter() - began,
         }
-
-    def _tell(self, attachment: Attachment, reason: str | None) -> None:
-        """Say once why differences of gradients stand in for the second derivative."""
-        if reason and not self._told:
-            self._told = True
-            attachment.event("info", "finite_differences", f"the Hessian is applied by differences: {reason}")
+        return [row]

@@ -14,31 +14,23 @@ Left out: layers, and averaging over ranks: each rank writes its own probe's tra
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lm_telemetry.catalogue import Cost
-from lm_telemetry.errors import ProbeError
-from lm_telemetry.hooks.curvature_operator import DERIVATIVES, Derivative, curvature_operator
-from lm_telemetry.instruments.base import Attachment, Columns, Harvest, Instrument, Tap
+from lm_telemetry.instruments.probing import Differentiating, Row
 from lm_telemetry.kernels.trace import hutch_pp, hutchinson, own_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
+    from lm_telemetry.instruments.base import Attachment
 
 METHODS = {"hutchinson": hutchinson, "hutch++": hutch_pp}
 
 
 @dataclass(kw_only=True)
-class Trace(Instrument):
+class Trace(Differentiating):
     """Trace of the Hessian on the frozen probe."""
 
     name: ClassVar[str] = "trace"
-    tables: ClassVar[tuple[str, ...]] = ("curvature",)
-    taps: ClassVar[frozenset[Tap]] = frozenset({Tap.PROBE})
-    cost: ClassVar[Cost] = Cost.GRADIENT
     usual_every: ClassVar[int | None] = 1000
 
     method: Literal["hutchinson", "hutch++"] = "hutchinson"
@@ -48,66 +40,17 @@ class Trace(Instrument):
     probes: int = 12
     """Hessian-vector products to spend."""
 
-    derivative: Derivative = "auto"
-    """How the Hessian is applied, as for `sharpness`."""
-
-    micro_batch: int | None = None
-    """Sequences of the probe differentiated at a time, so that these bound the memory; None for all at once."""
-
-    _attachment: Attachment | None = field(default=None, init=False, repr=False, compare=False)
-    _told: bool = field(default=False, init=False, repr=False, compare=False)
-    _captured: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         # One probe has no scatter, and Hutch++ keeps a third for the remainder.
         least = 4 if self.method == "hutch++" else 2
         self.require("probes", type(self.probes) is int and self.probes >= least, f"at least {least}")
-        self.require("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
-        size = self.micro_batch
-        self.require("micro_batch", size is None or (type(size) is int and size >= 1), "at least 1, or None")
 
-    def attach(self, attachment: Attachment) -> None:
-        """Keep the model and the probe."""
-        self._attachment = attachment
-        self._told = False
-
-    def begin(self, step: int) -> None:
-        """Forget the last capture."""
-        self._captured = None
-
-    def measure(self, step: int) -> None:
-        """Estimate the trace."""
-        assert self._attachment is not None
-        try:
-            self._captured = self._estimate(self._attachment, step)
-        except (ProbeError, FloatingPointError) as error:
-            self._attachment.event("warning", "trace_not_measured", str(error))
-
-    def harvest(self) -> Harvest | None:
-        """Hand over the estimate; it is plain numbers already."""
-        captured, self._captured = self._captured, None
-        return None if captured is None else Harvest(note=captured)
-
-    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """One row."""
-        return {"curvature": {name: [value] for name, value in note.items()}}
-
-    def detach(self) -> None:
-        """Let go of the model."""
-        self._attachment = None
-
-    def _estimate(self, attachment: Attachment, step: int) -> dict[str, Any]:
+    def estimate(self, attachment: Attachment, step: int) -> list[Row]:
+        """The trace, one row."""
         began = time.perf_counter()
-        model, probe = attachment.model, attachment.probe
-        with curvature_operator(
-            model,
-            probe,
-            attachment.parameters.parameters,
-            derivative=self.derivative,
-            micro_batch=self.micro_batch,
-        ) as hessian:
+        with self.hessian(attachment) as hessian:
             found = METHODS[self.method](
                 hessian.matvec,
                 dimension=hessian.dimension,
@@ -117,8 +60,7 @@ class Trace(Instrument):
                 device=hessian.device,
             )
             derivative, loss = hessian.derivative, hessian.loss
-        self._tell(attachment, hessian.reason)
-        return {
+        row = {
             "operator": "hessian",
             "scope": "all",
             "estimator": self.method,
@@ -127,12 +69,7 @@ class Trace(Instrument):
             "stderr": found.stderr,
             "hvps": found.hvps,
             "loss": loss,
-            "n_tokens": probe.n_tokens,
+            "n_tokens": attachment.probe.n_tokens,
             "seconds": time.perf_counter() - began,
         }
-
-    def _tell(self, attachment: Attachment, reason: str | None) -> None:
-        """Say once why differences of gradients stand in for the second derivative."""
-        if reason and not self._told:
-            self._told = True
-            attachment.event("info", "finite_differences", f"the Hessian is applied by differences: {reason}")
+        return [row]

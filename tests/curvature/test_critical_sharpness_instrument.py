@@ -112,7 +112,7 @@ def test_several_learning_rates_are_scaled_by_the_first(quadratic, bench):
     optimizer.step()
     instrument.after_update()
     instrument.measure(1)
-    row = instrument.harvest().note
+    (row,) = instrument.harvest().note
     # g = (2, 3), the step is (0.2, 0.6), so u = (2, 6): u'Hu / g'u = (8 + 108)/(4 + 18).
     assert row["value"] == pytest.approx(116 / 22, rel=1e-3)
     assert row["threshold"] == pytest.approx(20)
@@ -190,7 +190,7 @@ def test_nothing_is_changed(tiny_llama, bench, monkeypatch, fails):
         assert instrument.harvest() is None
     else:
         instrument.measure(2)
-        assert instrument.harvest().note["value"] is not None
+        assert instrument.harvest().note[0]["value"] is not None
     assert state(subject) == before
 
 
