@@ -1,6 +1,6 @@
 """One peer on the setting of `curvature.py`, in the peer's own environment; prints one JSON line.
 
-    python benchmarks/curvature_peer.py pyhessian
+python benchmarks/curvature_peer.py pyhessian
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def main(name: str) -> None:
     model, _, inputs = setting()
     unit = gradient_seconds(model, inputs)
     found: dict[str, Any] = {"peer": name, "gradient_seconds": unit}
-    for label, context in (("as is", sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])), ("math", sdpa_kernel(SDPBackend.MATH))):
+    contexts = {
+        "as is": sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        "math": sdpa_kernel(SDPBackend.MATH),
+    }
+    for label, context in contexts.items():
         start = time.perf_counter()
         try:
             with context:
