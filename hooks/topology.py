@@ -16,13 +16,14 @@ no sites, and linear-attention or state-space mixers, which count as part of the
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SiteName = Literal["embed", "resid", "attn_out", "mlp_out", "final"]
 
@@ -143,6 +144,25 @@ def discover(model: nn.Module) -> Topology:
         stacks=stacks,
         block_prefixes=tuple(prefixes),
     )
+
+
+def scopes(
+    model: nn.Module, topology: Topology, names: Sequence[str], parameters: Sequence[nn.Parameter]
+) -> dict[str, list[int]]:
+    """Indices of parameters by the part of the model they belong to, parts in the order they appear.
+
+    A part is a block as `stack.layer`, the input `embedding` (with an output head that is tied to it), or `other`.
+    """
+    embedding = None
+    with suppress(AttributeError, NotImplementedError):  # no language model, or one that does not tell
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedded = set() if embedding is None else {id(p) for p in embedding.parameters()}
+    parts: dict[str, list[int]] = {}
+    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        stack, layer = topology.place(name)
+        outside = "embedding" if id(parameter) in embedded else "other"
+        parts.setdefault(outside if stack is None else f"{stack}.{layer}", []).append(index)
+    return parts
 
 
 def text_config(model: nn.Module) -> Any:

@@ -40,10 +40,10 @@ from lm_telemetry.hooks.optimizer import preconditioner, read_optimizer
 from lm_telemetry.hooks.parameter_tap import ParameterTap
 from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.hooks.probe import Probe
-from lm_telemetry.hooks.topology import discover
+from lm_telemetry.hooks.topology import discover, scopes
 from lm_telemetry.kernels.density import SpectralDensity, spectral_density
 from lm_telemetry.kernels.lanczos import EigenPair, lanczos
-from lm_telemetry.kernels.trace import hutch_pp, hutchinson
+from lm_telemetry.kernels.trace import hutch_pp, hutchinson, own_generator
 from lm_telemetry.observation import bare
 
 if TYPE_CHECKING:
@@ -183,8 +183,9 @@ class Curvature:
                 f"batch: expected a mapping from argument names of {type(model).__name__} to tensors; got "
                 f"{type(batch).__name__}. For anything else give `loss`, a function of model and batch"
             )
+        self._bare = model
         self._model = model if loss is None else _WithLoss(model, loss)
-        self._tap, self._topology, self._embedded = ParameterTap(model), discover(model), _embedded(model)
+        self._tap, self._topology = ParameterTap(model), discover(model)
         self._probe = Probe()
         self._probe.freeze(batch if isinstance(batch, Mapping) else {_WHOLE: batch}, model=model)
         self._operator, self._optimizer = operator, optimizer
@@ -213,11 +214,9 @@ class Curvature:
 
         A block is a layer, the input embedding (with a tied output head), or what is left. `max_hvps` is for each.
         """
-        blocks: dict[str, list[Tensor]] = {}
-        for name, parameter in zip(self._tap.names, self._tap.parameters, strict=True):
-            stack, layer = self._topology.place(name)
-            outside = "embedding" if id(parameter) in self._embedded else "other"
-            blocks.setdefault(outside if stack is None else f"{stack}.{layer}", []).append(parameter)
+        tap = self._tap
+        parts = scopes(self._bare, self._topology, tap.names, tap.parameters)
+        blocks = {scope: [tap.parameters[i] for i in indices] for scope, indices in parts.items()}
         return tuple(
             self._eigenvalues(scope, parameters, k=1, which="largest", tolerance=tolerance, max_hvps=max_hvps)
             for scope, parameters in blocks.items()
@@ -363,7 +362,7 @@ class _Applied:
     def space(self, seed: int) -> dict[str, Any]:
         """Where its vectors live, and what they are drawn from."""
         dimension, dtype, device = self.base.dimension, self.base.dtype, self.base.device
-        generator = torch.Generator(device=device).manual_seed(seed)
+        generator = own_generator(seed, device)
         return {"dimension": dimension, "dtype": dtype, "device": device, "generator": generator}
 
     def about(self, scope: str) -> dict[str, Any]:
@@ -379,12 +378,3 @@ class _Applied:
             "hvps": self.base.hvps,
             "seconds": time.perf_counter() - self.began,
         }
-
-
-def _embedded(model: Any) -> set[int]:
-    """Identities of the parameters of the input embedding."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no language model, or one that does not tell
-        return set()
-    return {id(parameter) for parameter in embedding.parameters()}

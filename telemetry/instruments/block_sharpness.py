@@ -35,6 +35,7 @@ from lm_telemetry.hooks.differentiate import (
 )
 from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.hooks.probe import eager
+from lm_telemetry.hooks.topology import scopes
 from lm_telemetry.instruments.probing import Differentiating, Row, is_share
 from lm_telemetry.kernels.lanczos import MINIMUM_STEPS, EigenResult, lanczos
 
@@ -109,7 +110,8 @@ class BlockSharpness(Differentiating):
     def attach(self, attachment: Attachment) -> None:
         """Find the parts of the model."""
         super().attach(attachment)
-        self._parts = partition(attachment)
+        tap = attachment.parameters
+        self._parts = scopes(attachment.model, attachment.topology, tap.names, tap.parameters)
 
     def estimate(self, attachment: Attachment, step: int) -> list[Row]:
         """One row a part."""
@@ -177,19 +179,3 @@ class BlockSharpness(Differentiating):
             dtype=block.dtype,
             device=block.device,
         )
-
-
-def partition(attachment: Attachment) -> dict[str, list[int]]:
-    """Indices into the trainable parameters by scope, in the order the parts appear in the model."""
-    parameters = attachment.parameters
-    try:
-        embedding = attachment.model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no language model, or one that does not tell
-        embedding = None
-    embedded = set() if embedding is None else {id(p) for p in embedding.parameters()}
-    parts: dict[str, list[int]] = {}
-    for index, (name, parameter) in enumerate(zip(parameters.names, parameters.parameters, strict=True)):
-        stack, layer = attachment.topology.place(name)
-        scope = f"{stack}.{layer}" if stack is not None else "embedding" if id(parameter) in embedded else "other"
-        parts.setdefault(scope, []).append(index)
-    return parts
