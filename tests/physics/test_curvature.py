@@ -170,7 +170,9 @@ def test_gauss_newton_by_its_definition(llama):
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance"), [({"derivative": "finite_difference"}, 1e-4), ({"micro_batch": 1}, 1e-5)]
+    # a Llama's norms are float32 whatever its parameters are, and differences round there
+    ("options", "tolerance"),
+    [({"derivative": "finite_difference"}, 1e-3), ({"micro_batch": 1}, 1e-5)],
 )
 def test_other_ways_to_the_same_value(options, tolerance, llama):
     model, batch, hessian, _ = llama
