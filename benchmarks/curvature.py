@@ -140,6 +140,7 @@ def of_one_product() -> list[dict[str, Any]]:
                 "who": f"ours, bf16 autocast, {derivative}",
                 "relative_error": abs(found.value / right - 1),
                 "hvps": found.hvps,
+                "note": f"states an error of {(found.residual + max(hessian.errors, default=0.0)) / found.value:.1%}",
             }
         )
     return rows
