@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-LENGTH, SEQUENCES, STEPS, RATE = 128, 4, 40, 1e-3
+LENGTH, SEQUENCES, STEPS, RATE = 128, 4, 40, 3e-4
 
 
 def batch(inputs: torch.Tensor) -> dict[str, torch.Tensor]:

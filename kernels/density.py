@@ -135,7 +135,7 @@ def _quadrature(
 ) -> tuple[Tensor, Tensor]:
     """Gauss nodes and weights of one random vector's spectral measure, each (m,) in float64, nodes ascending."""
     space = Krylov(dimension=dimension, dtype=dtype, device=torch.device(device), generator=generator)
-    space.begin(random_signs(dimension, generator, dtype, device), mix=False)
+    space.begin(random_signs(dimension, generator, dtype, device), noise=0.0)
     closed = False
     while not closed and space.size < min(steps, dimension):
         closed = space.extend(matvec, 1.0)

@@ -14,7 +14,8 @@ often a negative one. Why this variant:
 * a warm start mixes the kept Ritz vectors of the last solve with noise of the same norm. From the last top vector
   alone a solve looks converged at once, also after another eigenvalue has overtaken it; for the same reason fewer than
   two products are never accepted. An eigenvalue that comes from below the kept ones and jumps to the top has a share of
-  only 1/√P in the start and may still be missed, in a tenth of constructed cases: solve cold when much has changed;
+  only 1/√P in the start and may still be missed, in a tenth of constructed cases. Who knows a vector that leans
+  towards such a newcomer (the gradient of a loss does) adds it to the start, and needs less noise;
 * what a product has along older basis vectors than the previous one vanishes for a symmetric operator. It is computed
   anyway, and reported as `asymmetry`: a second derivative that is silently incomplete shows up there.
 
@@ -98,6 +99,8 @@ def lanczos(
     k: int = 1,
     which: Literal["largest", "smallest"] = "largest",
     start: Tensor | None = None,
+    noise: float = 1.0,
+    residual_factor: float = RESIDUAL_FACTOR,
     tolerance: float = 1e-2,
     max_steps: int = 40,
     generator: torch.Generator | None = None,
@@ -111,7 +114,9 @@ def lanczos(
         dimension: P.
         k: eigenvalues wanted.
         which: `largest` or `smallest`, algebraically.
-        start: warm start, one vector (P,) or Ritz vectors (m, P) of an earlier solve; noise is always mixed in.
+        start: warm start, one vector (P,) or several (m, P), whose sum begins: Ritz vectors of an earlier solve.
+        noise: norm of the random vector mixed into a warm start, over that of the sum.
+        residual_factor: residual of a converged pair at most, in units of the tolerance.
         tolerance: relative error at which a pair counts as converged (see the module).
         max_steps: products with A at most; what was found by then is returned with `converged=False`.
         generator: source of random vectors, on `device`; None seeds a new one with 0. The global one is never used.
@@ -127,7 +132,8 @@ def lanczos(
     if generator is None:
         generator = torch.Generator(device=device).manual_seed(0)
     space = Krylov(dimension=dimension, dtype=dtype, device=torch.device(device), generator=generator)
-    space.begin(start)
+    space.residual_factor = residual_factor
+    space.begin(start, noise=noise)
     limit = min(max_steps, dimension)
     while True:
         closed = space.extend(matvec, sign)
@@ -182,6 +188,7 @@ class Krylov:
         self.diagonal: list[float] = []
         self.coupling: list[float] = []
         self.block_start = 0
+        self.residual_factor: float = RESIDUAL_FACTOR
         self.asymmetry = 0.0
         self._next: Tensor | None = None
 
@@ -190,8 +197,8 @@ class Krylov:
         """Products spent, which is the number of basis vectors."""
         return len(self.diagonal)
 
-    def begin(self, start: Tensor | None, *, mix: bool = True) -> None:
-        """Set the first basis vector: the sum of `start`, mixed with noise unless told otherwise; or noise alone."""
+    def begin(self, start: Tensor | None, *, noise: float = 1.0) -> None:
+        """Set the first basis vector: the sum of `start`, mixed with noise; or noise alone."""
         if start is None:
             self._next = self._random()
             return
@@ -200,8 +207,8 @@ class Krylov:
         if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
             raise ValueError("start: expected finite vectors whose sum is not zero; pass start=None for a cold start")
         first = first.div_(norm)
-        if mix:
-            first = first.add_(self._random())
+        if noise > 0:
+            first = first.add_(self._random(), alpha=noise)
             first = first.div_(first.norm())
         self._next = first
 
@@ -259,7 +266,7 @@ class Krylov:
             gap = min((abs(theta[i] - other) for j, other in enumerate(theta) if j != i), default=0.0)
             error = min(r, r * r / gap) if gap > 0 else r
             allowed = max(tolerance * abs(theta[i]), floor)
-            return bool(error <= allowed and r <= RESIDUAL_FACTOR * allowed)
+            return bool(error <= allowed and r <= self.residual_factor * allowed)
 
         verdicts = [converged(i) for i in range(k)]
         in_last_block = coordinates[self.block_start :].norm(dim=0) > math.sqrt(0.5)

@@ -27,15 +27,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+import torch
+
 from lm_telemetry.errors import ProbeError
 from lm_telemetry.hooks.curvature_operator import MicroBatched
 from lm_telemetry.hooks.optimizer import preconditioner
 from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.instruments.probing import Differentiating, Row, is_share
-from lm_telemetry.kernels.lanczos import EigenResult, lanczos
+from lm_telemetry.kernels.lanczos import RESIDUAL_FACTOR, EigenResult, lanczos
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -53,6 +55,12 @@ On an 82,240-parameter Llama under AdamW 1e-3 a warm solve took 6.8 products whe
 
 MOST_ERROR = 0.1
 """Estimated error of finite differences, as a share of an eigenvalue, beyond which it does not count as converged."""
+
+WARM_SLOPE, WARM_NOISE, WARM_RESIDUAL = 0.3, 0.1, 3.0
+"""How a warm solve for the largest eigenvalues begins and ends. The gradient, with this norm over that of the kept
+vectors, leans towards a direction that has newly become the sharpest, before that could grow out of noise. After steps
+of AdamW 1e-3 a start without it held on to the old eigenvalue once in twenty (17 % too small); with it, less noise and
+a residual of 3 tolerances do: none of 69 was off by more than 0.3 %."""
 
 ASYMMETRY_LIMIT = 0.02
 """Relative asymmetry above which a Hessian is reported as broken; rounding in bfloat16 makes at most 4e-4 of it."""
@@ -119,13 +127,16 @@ class Sharpness(Differentiating):
         if set(wanted) & {"hessian", "preconditioned"}:
             with self.hessian(attachment) as hessian:
                 if "hessian" in wanted:
-                    rows += self._solve(attachment, step, "hessian", hessian, hessian)
+                    rows += self._solve(attachment, step, "hessian", hessian, hessian, lambda: hessian.gradient)
                 diagonal = self._diagonal(attachment) if "preconditioned" in wanted else None
                 if diagonal is not None:
-                    rows += self._solve(attachment, step, "preconditioned", hessian, hessian.preconditioned(diagonal))
+                    scale, scaled = diagonal.rsqrt(), hessian.preconditioned(diagonal)
+                    rows += self._solve(
+                        attachment, step, "preconditioned", hessian, scaled, lambda: hessian.gradient * scale
+                    )
         if "gauss_newton" in wanted:
             with self._gauss_newton(attachment) as matrix:
-                rows += self._solve(attachment, step, "gauss_newton", matrix, matrix)
+                rows += self._solve(attachment, step, "gauss_newton", matrix, matrix, lambda: matrix.gradient)
         return rows
 
     @contextmanager
@@ -142,8 +153,16 @@ class Sharpness(Differentiating):
             with on(attachment.probe) if len(pieces) == 1 else MicroBatched(on, pieces) as matrix:
                 yield matrix
 
-    def _solve(self, attachment: Attachment, step: int, name: str, base: Any, operator: Operator) -> list[Row]:
-        """The rows of one operator; `base` is what knows the loss."""
+    def _solve(  # noqa: PLR0917 one call a line, side by side
+        self,
+        attachment: Attachment,
+        step: int,
+        name: str,
+        base: Any,
+        operator: Operator,
+        gradient: Callable[[], Tensor],
+    ) -> list[Row]:
+        """The rows of one operator; `base` is what knows the loss, `gradient` is in the operator's coordinates."""
         for setting, k in (("k", self.k), ("smallest", self.smallest)):
             if k > base.dimension:
                 raise ProbeError(f"{setting} = {k} eigenvalues were asked for of {base.dimension} parameters")
@@ -156,12 +175,21 @@ class Sharpness(Differentiating):
                 continue
             solve = name if which == "largest" else f"{name} {which}"
             done = len(getattr(base, "errors", ()))
+            start = self._start(solve, step)
+            noise, residual_factor = 1.0, float(RESIDUAL_FACTOR)
+            if start is not None and which == "largest":
+                noise, residual_factor = WARM_NOISE, WARM_RESIDUAL
+                slope = gradient()
+                lean = slope / slope.norm().clamp(min=torch.finfo(slope.dtype).tiny)
+                start = torch.cat([start, (WARM_SLOPE * len(start) ** 0.5 * lean)[None]])
             result = lanczos(
                 operator.matvec,
                 dimension=base.dimension,
                 k=k,
                 which=cast("Any", which),
-                start=self._start(solve, step),
+                start=start,
+                noise=noise,
+                residual_factor=residual_factor,
                 tolerance=self.tolerance,
                 max_steps=self.max_hvps,
                 dtype=base.dtype,
