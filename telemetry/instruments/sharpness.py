@@ -22,6 +22,7 @@ What cannot be measured (no labels, a loss that is not finite) leaves an event a
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ class Sharpness(Differentiating):
             if (self.every or self.usual_every or 0) <= WARM_STEPS:
                 self._warm[solve] = (step, result.vectors)
             error = max(getattr(base, "errors", ())[done:], default=0.0)
-            self._report_asymmetry(attachment, name, result, error)
+            sound = self._report_asymmetry(attachment, name, result, error)
             now = time.perf_counter()
             shared = {
                 "operator": name,
@@ -209,7 +210,7 @@ class Sharpness(Differentiating):
                 "loss": base.loss,
                 "n_tokens": attachment.probe.n_tokens,
             }
-            rows += _rows(result, which, shared, error, now - self._lap)
+            rows += _rows(result, which, shared, error if sound else math.inf, now - self._lap)
             self._lap = now
         return rows
 
@@ -229,16 +230,19 @@ class Sharpness(Differentiating):
         then, vectors = self._warm.pop(solve, (step - WARM_STEPS - 1, None))
         return vectors if step - then <= WARM_STEPS else None
 
-    def _report_asymmetry(self, attachment: Attachment, operator: str, result: EigenResult, error: float) -> None:
+    def _report_asymmetry(self, attachment: Attachment, operator: str, result: EigenResult, error: float) -> bool:
+        """Whether the operator was symmetric, as a Hessian is; an event if not."""
         largest = max(abs(pair.value) for pair in result.pairs)
-        if result.asymmetry > ASYMMETRY_LIMIT + (error / largest if largest else 0.0):
-            attachment.event(
-                "warning",
-                "hessian_not_symmetric",
-                f"the {operator} operator is not symmetric (relative asymmetry {result.asymmetry:.2g}): a part of the "
-                "model has no second derivative, or rounds too coarsely; do not rely on this eigenvalue",
-                asymmetry=result.asymmetry,
-            )
+        if result.asymmetry <= ASYMMETRY_LIMIT + (error / largest if largest else 0.0):
+            return True
+        attachment.event(
+            "warning",
+            "hessian_not_symmetric",
+            f"the {operator} operator is not symmetric (relative asymmetry {result.asymmetry:.2g}): a part of the "
+            "model has no second derivative, or rounds too coarsely; do not rely on this eigenvalue",
+            asymmetry=result.asymmetry,
+        )
+        return False
 
 
 def _rows(result: EigenResult, which: str, shared: Mapping[str, Any], error: float, seconds: float) -> list[Row]:
@@ -248,8 +252,8 @@ def _rows(result: EigenResult, which: str, shared: Mapping[str, Any], error: flo
             "index": rank if which == "largest" else -1 - rank,
             "value": pair.value,
             # Of A + E some eigenvalue lies within the residual of θ, and so one of A within |Ey| more.
-            "residual": pair.residual + error,
-            # Differences too coarse for the eigenvalue leave it with an error bar, not with a verdict.
+            "residual": pair.residual + error if math.isfinite(error) else None,
+            # Differences too coarse for the eigenvalue do not count as converged, nor does an operator that is no Hessian.
             "converged": pair.converged and error <= MOST_ERROR * abs(pair.value),
             "hvps": result.hvps if rank == 0 else None,
             "seconds": seconds if rank == 0 else None,
