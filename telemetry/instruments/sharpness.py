@@ -253,7 +253,7 @@ def _rows(result: EigenResult, which: str, shared: Mapping[str, Any], error: flo
             "value": pair.value,
             # Of A + E some eigenvalue lies within the residual of θ, and so one of A within |Ey| more.
             "residual": pair.residual + error if math.isfinite(error) else None,
-            # Differences too coarse for the eigenvalue do not count as converged, nor does an operator that is no Hessian.
+            # Differences too coarse for the eigenvalue do not count, nor does an operator that is no Hessian.
             "converged": pair.converged and error <= MOST_ERROR * abs(pair.value),
             "hvps": result.hvps if rank == 0 else None,
             "seconds": seconds if rank == 0 else None,
