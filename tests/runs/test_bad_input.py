@@ -137,6 +137,29 @@ def test_nan_in_the_model_is_counted_not_spread(store, tmp_path):
     assert [e for e in events(store) if "sharpness" in e["message"] or "probe" in e["message"]]
 
 
+def test_a_batch_with_nan_gives_events_and_counts_and_goes_on(store):
+    model = build("llama").eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    bad = {"inputs_embeds": torch.randn(2, 12, 32), "labels": batch()["labels"][:, :12]}
+    bad["inputs_embeds"][0, 3, 5] = math.nan
+    with observe(model, optimizer=optimizer, store=store, every=1) as session:
+        for inputs in (bad, batch()):
+            model(**inputs).loss.backward()
+            if inputs is not bad:  # as a loop that skips steps whose gradient is not finite
+                optimizer.step()
+            session.step()
+            optimizer.zero_grad()
+    first, second = rows(store, "steps")
+    assert is_nan(first["loss"])
+    assert math.isfinite(second["loss"])
+    embedded = next(r for r in rows(store, "layers", step=1) if r["site"] == "embed")
+    assert embedded["nonfinite"] == 1
+    assert math.isfinite(embedded["rms"])
+    assert sum(r["nonfinite"] for r in rows(store, "heads", step=1)) > 0
+    assert rows(store, "curvature") == []  # the frozen probe is the bad batch: nothing is measured on it
+    assert events(store, "sharpness_not_measured")
+
+
 def test_a_store_that_is_deleted_while_training(store, tmp_path):
     callback = TelemetryCallback(store=store, every=1, instruments=["activations"], flush_seconds=0.05)
 
