@@ -40,6 +40,7 @@ from lm_telemetry.hooks.parameter_tap import ParameterTap
 from lm_telemetry.hooks.preserve import evaluating
 from lm_telemetry.hooks.probe import Probe
 from lm_telemetry.hooks.topology import discover, scopes
+from lm_telemetry.instruments.sharpness import ASYMMETRY_LIMIT
 from lm_telemetry.kernels.density import SpectralDensity, spectral_density
 from lm_telemetry.kernels.lanczos import EigenPair, lanczos
 from lm_telemetry.kernels.trace import hutch_pp, hutchinson, own_generator
@@ -90,7 +91,7 @@ class Eigenvalues(Estimate):
         threshold: the edge of stability that the largest may be compared with; None where there is none, or without an
             optimizer.
         asymmetry: what symmetry forbids, relative to the largest magnitude. Above some 0.02 a part of the model has no
-            second derivative, or rounds too coarsely, and the values are not to be relied on.
+            second derivative, or rounds too coarsely; then nothing counts as converged.
     """
 
     pairs: tuple[EigenPair, ...]
@@ -282,7 +283,11 @@ class Curvature:
             # Of A + E some eigenvalue lies within |Ay - θy| of θ, and so of A within |Ey| more.
             error = max(getattr(applied.base, "errors", ()), default=0.0)
             about = applied.about(scope)
-        pairs = (EigenPair(value=p.value, residual=p.residual + error, converged=p.converged) for p in found.pairs)
+        largest = max(abs(p.value) for p in found.pairs)
+        sound = found.asymmetry <= ASYMMETRY_LIMIT + (error / largest if largest else 0.0)
+        pairs = (
+            EigenPair(value=p.value, residual=p.residual + error, converged=p.converged and sound) for p in found.pairs
+        )
         threshold = None
         if self._optimizer is not None and which == "largest" and self._operator != "gauss_newton":
             threshold = read_optimizer(self._optimizer).threshold(self._operator)
