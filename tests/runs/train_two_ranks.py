@@ -40,6 +40,9 @@ def main(out: str, store: str, who: str) -> None:
     log = [line for line in trainer.state.log_history if "grad_norm" in line]
     found = {"parameters": dict(trainer.model.named_parameters()), "log": log}
     torch.save(found, f"{out}/rank-{args.process_index}.pt")
+    # gloo's threads must end before the interpreter does, or they abort it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
