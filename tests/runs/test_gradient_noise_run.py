@@ -216,6 +216,9 @@ def rank(out, store):
     model, seen, log = train(out, ragged(), callbacks=callbacks, ddp_backend="gloo", learning_rate=1e-3, max_steps=2)
     found = {"seen": seen, "log": log, "parameters": [p.detach() for p in model.parameters()]}
     torch.save(found, f"{out}/rank-{os.environ['RANK']}.pt")
+    # gloo's threads must end before the interpreter does, or they abort it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def launch(out, store):
