@@ -58,10 +58,14 @@ class ActivationTaps:
         self._handles: list[RemovableHandle] = []
         self.forward: ForwardPass | None = None
         """the pass being observed; None while the taps are silent"""
+        self.sites = True
+        """whether the sites of `layers` are shown in an observed pass"""
+        self.heads = True
+        """whether the heads' outputs are"""
 
     def install(self) -> None:
         """Put the hooks on."""
-        for site in self._topology.sites:
+        for site in (*self._topology.sites, *self._topology.head_outputs):
             if site.reads_input:
                 handle = site.module.register_forward_pre_hook(_InputTap(self, site), with_kwargs=True)
             else:
@@ -77,7 +81,8 @@ class ActivationTaps:
     def see(self, site: Site, value: Any) -> None:
         """A site was computed while the taps are armed."""
         hidden = hidden_states(value)
-        if hidden is not None and self.forward is not None:
+        wanted = self.heads if site.site == "head_out" else self.sites
+        if wanted and hidden is not None and self.forward is not None:
             with self._guard("activation tap"), aside(hidden):
                 self._listener(Activation(site=site, hidden=hidden.detach(), forward=self.forward))
 

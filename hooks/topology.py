@@ -25,7 +25,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-SiteName = Literal["embed", "resid", "attn_out", "mlp_out", "final"]
+SiteName = Literal["embed", "resid", "attn_out", "mlp_out", "final", "head_out"]
 
 _TOWERS = ("encoder", "decoder", "vision", "visual", "audio")
 
@@ -41,6 +41,7 @@ class AttentionModule:
         kind: whether its keys come from its own stack or from another.
         name: dotted name in the model.
         modules: the module and its submodules of attention class; one of them makes the call.
+        output: the output projection, whose input is the heads' outputs side by side; None if there is no such map.
     """
 
     index: int
@@ -49,6 +50,7 @@ class AttentionModule:
     kind: Literal["self", "cross"]
     name: str
     modules: tuple[nn.Module, ...]
+    output: nn.Module | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Topology:
     width: int | None
     sites: tuple[Site, ...]
     attentions: tuple[AttentionModule, ...]
+    head_outputs: tuple[Site, ...]
+    """the inputs of output projections, heads' outputs side by side; `index` is that of the attention module"""
     stacks: dict[str, int]
     """number of blocks by name of stack"""
     block_prefixes: tuple[tuple[str, str, int], ...]
@@ -130,6 +134,7 @@ def discover(model: nn.Module) -> Topology:
                         kind="cross" if _is_cross(name, module) else "self",
                         name=f"{block_name}.{name}" if name else block_name,
                         modules=tuple(m for m in module.modules() if _is_attention(m)),
+                        output=_last_linear(module, width),
                     )
                 )
             mlp = _mlp_write(block, {id(m) for _, root in found for m in root.modules()}, width)
@@ -141,6 +146,11 @@ def discover(model: nn.Module) -> Topology:
         width=width,
         sites=tuple(sites),
         attentions=tuple(attentions),
+        head_outputs=tuple(
+            Site(index=a.index, stack=a.stack, layer=a.layer, site="head_out", module=a.output, reads_input=True)
+            for a in attentions
+            if a.output is not None
+        ),
         stacks=stacks,
         block_prefixes=tuple(prefixes),
     )

@@ -35,6 +35,7 @@ _TYPES = {
     "float64": "DOUBLE",
     "string": "VARCHAR",
     "timestamp": "TIMESTAMP",
+    "list<int32>": "INTEGER[]",
     "list<float32>": "FLOAT[]",
 }
 _PARTITION_TYPES = {"run_id": "VARCHAR", "rank": "INTEGER"}

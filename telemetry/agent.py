@@ -23,7 +23,7 @@ from lm_telemetry.cost import Meter
 from lm_telemetry.errors import ModelError
 from lm_telemetry.guard import Guard
 from lm_telemetry.hooks.activation_taps import Activation, ActivationTaps
-from lm_telemetry.hooks.attention_tap import AttentionCall, AttentionTap
+from lm_telemetry.hooks.attention_tap import AttentionTap
 from lm_telemetry.hooks.forward_pass import ForwardPass
 from lm_telemetry.hooks.optimizer import unwrap_optimizer
 from lm_telemetry.hooks.outer import OuterTap, is_compiled
@@ -42,6 +42,7 @@ from lm_telemetry.subject import describe_optimizer, describe_run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from lm_telemetry.hooks.attention_call import AttentionCall
     from lm_telemetry.instruments.base import Columns
 
 
@@ -213,7 +214,7 @@ class Agent:
             if not self.probe.frozen and any(Tap.PROBE in i.taps for i in self.instruments.values()):
                 self.probe.freeze(batch, model=self.model)
             first, self._unseen = self._unseen, False
-            if not first or not self._wants(Tap.ACTIVATIONS, Tap.ATTENTION):
+            if not first or not self._wants(Tap.ACTIVATIONS, Tap.ATTENTION, Tap.HEADS):
                 return
             both = {"encoder", "decoder"} <= set(self.topology.stacks)
             forward = ForwardPass(batch, is_encoder_decoder=both)
@@ -332,12 +333,15 @@ class Agent:
             self._probing = False
 
     def _arm(self, forward: ForwardPass | None) -> None:
-        self._activation_taps.forward = forward if forward is not None and self._wants(Tap.ACTIVATIONS) else None
-        self._attention_tap.forward = forward if forward is not None and self._wants(Tap.ATTENTION) else None
+        self._activation_taps.sites = self._wants(Tap.ACTIVATIONS)
+        self._activation_taps.heads = self._wants(Tap.HEADS)
+        self._activation_taps.forward = forward if self._wants(Tap.ACTIVATIONS, Tap.HEADS) else None
+        self._attention_tap.forward = forward if self._wants(Tap.ATTENTION) else None
 
     def _see_activation(self, activation: Activation) -> None:
-        for instrument in self._due(Tap.ACTIVATIONS):
-            self._call(instrument, "on_activation", activation)
+        heads = activation.site.site == "head_out"
+        for instrument in self._due(Tap.HEADS if heads else Tap.ACTIVATIONS):
+            self._call(instrument, "on_heads" if heads else "on_activation", activation)
 
     def _see_attention(self, call: AttentionCall) -> None:
         for instrument in self._due(Tap.ATTENTION):

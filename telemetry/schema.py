@@ -23,6 +23,7 @@ _TYPES: dict[ColumnType, pa.DataType] = {
     "float64": pa.float64(),
     "string": pa.string(),
     "timestamp": pa.timestamp("us", tz="UTC"),
+    "list<int32>": pa.list_(pa.int32()),
     "list<float32>": pa.list_(pa.float32()),
 }
 

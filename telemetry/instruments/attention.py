@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lm_telemetry.hooks.attention_tap import AttentionCall
+    from lm_telemetry.hooks.attention_call import AttentionCall
     from lm_telemetry.hooks.topology import AttentionModule
 
 _AVERAGED = tuple(name for name in RAW_COLUMNS if name not in {"n_queries", "max_logit", "nonfinite"})

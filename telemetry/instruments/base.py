@@ -5,9 +5,9 @@ Life of an instrument, all on the training thread unless said otherwise:
 1. It is built with its own settings (its dataclass fields), which are validated there.
 2. `attach(attachment)`: the model is known. It keeps what it needs of it.
 3. On a step for which the schedule says it is due, in this order: `begin`; `on_batch` before each micro-batch's
-   forward; `on_activation` and `on_attention` inside the first of them; `before_update`, `after_update` around the
-   optimizer's step; `measure`, where probes are evaluated; `harvest`, which hands over small device tensors (and
-   plain Python notes).
+   forward; `on_activation`, `on_attention` and `on_heads` inside the first of them; `before_update`, `after_update`
+   around the optimizer's step; `measure`, where probes are evaluated; `harvest`, which hands over small device tensors
+   (and plain Python notes).
 4. The agent copies the tensors of all instruments to the host in one go. On the background thread, `rows` turns the
    host copies into columns of tables. It must depend on nothing but its arguments and what is fixed since `attach`,
    since the next step may be running.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from lm_telemetry.hooks.activation_taps import Activation
-    from lm_telemetry.hooks.attention_tap import AttentionCall
+    from lm_telemetry.hooks.attention_call import AttentionCall
     from lm_telemetry.hooks.parameter_tap import ParameterTap
     from lm_telemetry.hooks.probe import Probe
     from lm_telemetry.hooks.topology import Topology
@@ -47,6 +47,7 @@ class Tap(StrEnum):
 
     ACTIVATIONS = "activations"
     ATTENTION = "attention"
+    HEADS = "heads"
     UPDATE = "update"
     PROBE = "probe"
 
@@ -148,6 +149,12 @@ class Instrument:
 
     def on_attention(self, call: AttentionCall) -> None:
         """An attention layer was called."""
+
+    def on_heads(self, activation: Activation) -> None:
+        """The outputs of an attention layer's heads, side by side, go into its output projection.
+
+        `activation.site.index` is the index of the attention module in the topology.
+        """
 
     def before_update(self) -> None:
         """The optimizer is about to step; gradients are final."""

@@ -20,6 +20,7 @@ TYPES = {
     "float64": "DOUBLE",
     "string": "VARCHAR",
     "timestamp": "TIMESTAMP",
+    "list<int32>": "INTEGER[]",
     "list<float32>": "FLOAT[]",
 }
 
