@@ -43,9 +43,15 @@ _LABELS: dict[str, tuple[str, ...]] = {
     "curvature": ("operator", "scope", "estimator", "index"),
     "params": ("stack", "layer"),
     "layers": ("stack", "layer", "site"),
+    "representations": ("stack", "layer", "site"),
     "heads": ("stack", "layer", "kind"),
+    "head_effects": ("stack", "layer", "kind", "ablation"),
+    "key_mass": ("stack", "layer", "kind"),
 }
 """Labels of each exported table."""
+
+_BY_HEAD = ("heads", "head_effects", "key_mass")
+"""Tables with a row for each head, of which a layer's mean, maximum and minimum are served."""
 
 _STATS = ("mean", "max", "min")
 
@@ -70,7 +76,7 @@ def metric_name(table: str, column: str) -> str:
 
 def metric_labels(table: str, column: str) -> tuple[str, ...]:
     """Labels of a column's series, beside `run_id` and `rank`."""
-    summarised = table == "heads" or (table, column) == ("params", "update_ratio")
+    summarised = table in _BY_HEAD or (table, column) == ("params", "update_ratio")
     return (*_LABELS[table], "stat") if summarised else _LABELS[table]
 
 
@@ -97,8 +103,8 @@ class Latest:
         self._last[table] = (last["step"], last["time"].timestamp())
         if table == "steps":
             self._telemetry_seconds += sum(s for s in rows["telemetry_seconds"].to_pylist() if s is not None)
-        if table == "heads":
-            self._observe_heads(rows)
+        if table in _BY_HEAD:
+            self._observe_heads(table, rows)
         elif table == "params":
             self._observe_params(rows)
         elif table in _LABELS:
@@ -171,12 +177,12 @@ class Latest:
             if value is not None:
                 series[*(_label(label[i]) for label in labels), *more] = float(value)
 
-    def _observe_heads(self, rows: pa.Table) -> None:
-        names = self._columns("heads")
-        layers = _group(rows, _LABELS["heads"], [(name, stat) for name in names for stat in _STATS])
+    def _observe_heads(self, table: str, rows: pa.Table) -> None:
+        names = self._columns(table)
+        layers = _group(rows, _LABELS[table], [(name, stat) for name in names for stat in _STATS])
         for name in names:
             for stat in _STATS:
-                self._set("heads", name, layers, f"{name}_{stat}", stat)
+                self._set(table, name, layers, f"{name}_{stat}", stat)
 
     def _observe_params(self, rows: pa.Table) -> None:
         """Norms of layers, as root of the sum of squares over their tensors; of the ratio, the largest and the mean."""

@@ -37,10 +37,12 @@ def everything(rows, latest, layers=2, heads=4):
     for site in ("resid", "attn_out", "mlp_out", "embed"):
         latest.observe("layers", rows("layers", 9, **stack, **values, site=[site] * layers, nonfinite=[0] * layers))
     wide = {name: [value for value in column for _ in range(heads)] for name, column in stack.items()}
-    values = {m.name: [0.5] * layers * heads for m in columns("heads") if m.exported}
-    latest.observe(
-        "heads", rows("heads", 9, **wide, **values, kind=["self"] * layers * heads, head=[*range(heads)] * layers)
-    )
+    wide |= {"kind": ["self"] * layers * heads, "head": [*range(heads)] * layers}
+    for table, more in {"heads": {}, "key_mass": {}, "head_effects": {"ablation": ["mean"] * layers * heads}}.items():
+        values = {m.name: [0.5] * layers * heads for m in columns(table) if m.exported}
+        latest.observe(table, rows(table, 9, **wide, **more, **values))
+    values = {m.name: [0.5] * layers for m in columns("representations") if m.exported}
+    latest.observe("representations", rows("representations", 9, **stack, **values, site=["resid"] * layers))
     values = {m.name: [0.5] * layers for m in columns("params") if m.exported}
     latest.observe("params", rows("params", 9, name=["w"] * layers, **stack, **values))
     curvature = {"operator": ["hessian"], "scope": ["all"], "estimator": ["lanczos"], "index": [0], "value": [3.0]}
