@@ -184,8 +184,9 @@ def test_tables_that_are_not_exported_only_count_as_captured(latest, rows):
 def test_series_are_bounded_and_what_is_left_out_is_counted(rows, latest, layers):
     everything(rows, latest, layers=layers)
     found = series(latest)
-    wanted = 8 + 4 + layers * (3 + 2) + layers * 4 * 8 + layers * 7 * 3
-    served = [name for name, *_ in found if name.split("_")[2] in {"steps", "curvature", "params", "layers", "heads"}]
+    by_layer = {"params": 3 + 2, "layers": 4 * 8, "representations": 8, "heads": 9 * 3, "key": 2 * 3, "head": 3}
+    wanted = 8 + 4 + layers * sum(by_layer.values())
+    served = [name for name, *_ in found if name.split("_")[2] in {"steps", "curvature", *by_layer}]
     assert len(found) <= MAX_SERIES
     assert len(served) + found["lm_telemetry_left_out_series",] == wanted
     if layers == 12:
