@@ -3,6 +3,9 @@
 They are put on once and taken off at the end, since hooks that are added after a compiled model's first call are
 ignored; between captures a tap is one test of a flag. A tap shows the live tensor, detached; whoever listens reduces
 it at once and keeps no reference.
+
+In a compiled graph the flag is what the compiler guards on: one graph is compiled with the taps silent and one with
+them armed, whatever is observed and by whom, and the armed one shows its tensors through an operator (`graph_tap`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lm_telemetry.hooks.inert import Inert
+from lm_telemetry.hooks.graph_tap import GraphTap, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,16 +59,21 @@ class ActivationTaps:
         self._listener = listener
         self._guard = guard
         self._handles: list[RemovableHandle] = []
-        self.forward: ForwardPass | None = None
-        """the pass being observed; None while the taps are silent"""
-        self.sites = True
-        """whether the sites of `layers` are shown in an observed pass"""
-        self.heads = True
-        """whether the heads' outputs are"""
+        self._forward: ForwardPass | None = None
+        self._sites = self._heads = False
+        self.armed = False
+        """whether a pass is being observed; all that a compiled graph depends on"""
+        self.seen = 0
+        """how often a tap was passed in the pass that was observed last"""
 
-    def install(self) -> None:
-        """Put the hooks on."""
-        for site in (*self._topology.sites, *self._topology.head_outputs):
+    def __len__(self) -> int:
+        """Number of taps that are on."""
+        return len(self._handles)
+
+    def install(self, *, sites: bool = True, heads: bool = True) -> None:
+        """Put the hooks on: at the sites of `layers`, and where the heads' outputs are."""
+        topology = self._topology
+        for site in (*(topology.sites if sites else ()), *(topology.head_outputs if heads else ())):
             if site.reads_input:
                 handle = site.module.register_forward_pre_hook(_InputTap(self, site), with_kwargs=True)
             else:
@@ -76,39 +84,61 @@ class ActivationTaps:
         """Take the hooks off."""
         while self._handles:
             self._handles.pop().remove()
-        self.forward = None
+        self.silence()
+
+    def arm(self, forward: ForwardPass, *, sites: bool = True, heads: bool = True) -> None:
+        """A pass begins that is observed, with or without the sites of `layers` and the heads' outputs."""
+        self._forward, self._sites, self._heads = forward, sites, heads
+        self.seen = 0
+        self.armed = True
+
+    def silence(self) -> None:
+        """It is over."""
+        self.armed = False
+        self._forward = None
 
     def see(self, site: Site, value: Any) -> None:
         """A site was computed while the taps are armed."""
+        self.seen += 1
         hidden = hidden_states(value)
-        wanted = self.heads if site.site == "head_out" else self.sites
-        if wanted and hidden is not None and self.forward is not None:
+        wanted = self._heads if site.site == "head_out" else self._sites
+        if wanted and hidden is not None and self._forward is not None:
             with self._guard("activation tap"), aside(hidden):
-                self._listener(Activation(site=site, hidden=hidden.detach(), forward=self.forward))
+                self._listener(Activation(site=site, hidden=hidden.detach(), forward=self._forward))
 
 
-class _Tap(Inert):
+class _Tap(GraphTap):
     __slots__ = ("site", "taps")
 
     def __init__(self, taps: ActivationTaps, site: Site) -> None:
+        super().__init__()
         self.taps = taps
         self.site = site
+
+    def see(self, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            show(self, {"hidden": hidden_states(value)})
+        else:
+            self.taps.see(self.site, value)
+
+    def receive(self, arguments: dict[str, Any]) -> None:
+        self.taps.see(self.site, arguments["hidden"])
 
 
 class _OutputTap(_Tap):
     __slots__ = ()
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.taps.forward is not None:
-            self.taps.see(self.site, output)
+        if self.taps.armed:
+            self.see(output)
 
 
 class _InputTap(_Tap):
     __slots__ = ()
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.taps.forward is not None:
-            self.taps.see(self.site, args[0] if args else kwargs.get("hidden_states"))
+        if self.taps.armed:
+            self.see(args[0] if args else kwargs.get("hidden_states"))
 
 
 @contextmanager

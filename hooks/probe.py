@@ -100,6 +100,21 @@ class Probe:
             self._sha256 = digest.hexdigest()
         return self._sha256
 
+    def forward(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's output for the batch, run eagerly; to be called inside `preserve.evaluating(model)`.
+
+        Args:
+            model: the bare model.
+            parameters: as in `loss`.
+        """
+        arguments = dict(self.batch)
+        if _takes_use_cache(model):
+            arguments["use_cache"] = False
+        with eager():
+            if parameters is None:
+                return model(**arguments)
+            return torch.func.functional_call(model, dict(parameters), (), arguments)
+
     def loss(
         self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None, *, require_finite: bool = True
     ) -> Tensor:
@@ -116,14 +131,7 @@ class Probe:
         Raises:
             ProbeError: no batch, no loss (no labels), a loss that is not a scalar or, if required, not finite.
         """
-        arguments = dict(self.batch)
-        if _takes_use_cache(model):
-            arguments["use_cache"] = False
-        with eager():
-            if parameters is None:
-                output = model(**arguments)
-            else:
-                output = torch.func.functional_call(model, dict(parameters), (), arguments)
+        output = self.forward(model, parameters)
         loss = _loss_of(output)
         if loss is None:
             raise ProbeError(
