@@ -4,13 +4,18 @@ Found by structure, not by a list of model names:
 
 * a *stack* is the module that owns a `ModuleList` of blocks, and a list of blocks is one whose members contain
   attention (or, where nothing in the model does, the longest list of one class of module);
-* in a block, the *attention write* is the last linear map of an attention module that ends in the model's width, and
-  the *MLP write* the last such map outside attention. A block of experts has many, so there the whole expert module
-  is the write.
+* every stack has a width of its own, since a vision tower's is not the text's; `blocks` tells how it is found;
+* in a block, the *attention write* is the linear map of an attention module that ends in that width, and the *MLP
+  write* that of the MLP. A block of experts has many, so there the whole expert module is the write.
 
-So `attn_out` and `mlp_out` are what the block adds to the stream, before dropout, residual addition and any norm that
-follows it; they mean the same in pre-norm and post-norm models. Left out: models without a list of blocks, which have
-no sites, and linear-attention or state-space mixers, which count as part of the block.
+So `attn_out` and `mlp_out` are what the block adds to the stream, before dropout, residual addition and any norm,
+multiplier or gate that follows; they mean the same in pre-norm and post-norm models. Where nothing follows, what a
+block adds is their sum (and cross attention's).
+
+Left out: models without a list of blocks, which have no sites; convolutions and the state-space, linear-attention or
+recurrent mixers that begin with one, which count as part of the block; a second MLP beside the first (shared experts
+outside the expert module, Gemma 4's dense MLP beside its experts). ALBERT's blocks share their weights: they are one
+block, passed many times. Gemma 3n's stream is several side by side, `(streams, B, S, D)`.
 """
 
 from __future__ import annotations
@@ -22,12 +27,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lm_telemetry.hooks.blocks import (
+    attention_roots,
+    attention_write,
+    head_count,
+    in_features,
+    is_attention,
+    is_cross,
+    mlp_write,
+    stream_width,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SiteName = Literal["embed", "resid", "attn_out", "mlp_out", "final", "head_out"]
 
-_TOWERS = ("encoder", "decoder", "vision", "visual", "audio")
+_TOWERS = {"vision": "vision", "visual": "vision", "audio": "audio", "encoder": "encoder", "decoder": "decoder"}
+"""Names of stacks by the beginning of a word in their path. What a tower sees tells more than that it is an encoder."""
+
+_OTHER_SENSES = ("vision", "audio")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +61,8 @@ class AttentionModule:
         name: dotted name in the model.
         modules: the module and its submodules of attention class; one of them makes the call.
         output: the output projection, whose input is the heads' outputs side by side; None if there is no such map.
+        heads: number of query heads; None if neither the module nor its configuration tells.
+        head_dim: width of a head's output, which may differ from that of its queries; None without `heads` or `output`.
     """
 
     index: int
@@ -51,6 +72,8 @@ class AttentionModule:
     name: str
     modules: tuple[nn.Module, ...]
     output: nn.Module | None
+    heads: int | None
+    head_dim: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +102,19 @@ class Topology:
     """What was found in a model."""
 
     width: int | None
+    """of the main stack; as configured where its blocks do not tell"""
     sites: tuple[Site, ...]
     attentions: tuple[AttentionModule, ...]
     head_outputs: tuple[Site, ...]
     """the inputs of output projections, heads' outputs side by side; `index` is that of the attention module"""
     stacks: dict[str, int]
     """number of blocks by name of stack"""
+    widths: dict[str, int | None]
+    """width of the stream by name of stack"""
+    main: str | None
+    """the stack that predicts: the decoder, the text's where there are towers of other senses; None without stacks"""
+    is_encoder_decoder: bool
+    """whether encoder and decoder have tokens of their own in a batch, as the configuration says"""
     block_prefixes: tuple[tuple[str, str, int], ...]
     """(dotted name of a block, stack, layer), for placing parameters"""
 
@@ -98,52 +128,45 @@ class Topology:
 
 def discover(model: nn.Module) -> Topology:
     """The topology of a model. A model without blocks gives one without sites."""
-    width = model_width(model)
     sites: list[Site] = []
     attentions: list[AttentionModule] = []
     stacks: dict[str, int] = {}
+    widths: dict[str, int | None] = {}
     prefixes: list[tuple[str, str, int]] = []
     for path, owner, blocks in _block_lists(model):
         stack = _stack_name(path, blocks, stacks)
-        stacks[stack] = len(blocks)
-
-        def add(
-            layer: int, site: SiteName, module: nn.Module, *, reads_input: bool = False, stack: str = stack
-        ) -> None:
-            sites.append(
-                Site(index=len(sites), stack=stack, layer=layer, site=site, module=module, reads_input=reads_input)
-            )
-
-        add(-1, "embed", blocks[0], reads_input=True)
+        width = stream_width(blocks)
+        stacks[stack], widths[stack] = len(blocks), width
+        places: list[tuple[int, SiteName, nn.Module]] = [(-1, "embed", blocks[0])]
         for layer, block in enumerate(blocks):
-            block_name = f"{path}.{layer}"
-            prefixes.append((block_name, stack, layer))
-            found = list(_attention_roots(block))
-            for name, module in found:
-                if not _is_cross(name, module):
-                    write = _last_linear(module, width)
-                    if write is not None:
-                        add(layer, "attn_out", write)
-                        break
-            for name, module in found:
+            prefixes.append((f"{path}.{layer}", stack, layer))
+            found = [(name, root, attention_write(root, width)) for name, root in attention_roots(block)]
+            own = [write for name, root, write in found if write is not None and not is_cross(name, root)]
+            mlp = mlp_write(block, [root for _, root, _ in found], width)
+            places += [(layer, "attn_out", write) for write in own[:1]]
+            places += [(layer, "mlp_out", mlp)] if mlp is not None else []
+            places += [(layer, "resid", block)]
+            for name, root, write in found:
                 attentions.append(
-                    AttentionModule(
-                        index=len(attentions),
-                        stack=stack,
-                        layer=layer,
-                        kind="cross" if _is_cross(name, module) else "self",
-                        name=f"{block_name}.{name}" if name else block_name,
-                        modules=tuple(m for m in module.modules() if _is_attention(m)),
-                        output=_last_linear(module, width),
+                    _attention(
+                        root, write, index=len(attentions), place=(stack, layer), names=(f"{path}.{layer}", name)
                     )
                 )
-            mlp = _mlp_write(block, {id(m) for _, root in found for m in root.modules()}, width)
-            if mlp is not None:
-                add(layer, "mlp_out", mlp)
-            add(layer, "resid", block)
-        add(len(blocks), "final", owner)
+        places += [(len(blocks), "final", owner)]
+        for layer, site, module in places:
+            sites.append(
+                Site(
+                    index=len(sites),
+                    stack=stack,
+                    layer=layer,
+                    site=site,
+                    module=module,
+                    reads_input=site == "embed",
+                )
+            )
+    main = _main_stack(stacks)
     return Topology(
-        width=width,
+        width=(widths[main] if main is not None else None) or model_width(model),
         sites=tuple(sites),
         attentions=tuple(attentions),
         head_outputs=tuple(
@@ -152,6 +175,9 @@ def discover(model: nn.Module) -> Topology:
             if a.output is not None
         ),
         stacks=stacks,
+        widths=widths,
+        main=main,
+        is_encoder_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
         block_prefixes=tuple(prefixes),
     )
 
@@ -192,11 +218,30 @@ def model_width(model: nn.Module) -> int | None:
     return None
 
 
+def _attention(
+    root: nn.Module, write: nn.Module | None, *, index: int, place: tuple[str, int], names: tuple[str, str]
+) -> AttentionModule:
+    heads = head_count(root)
+    features = None if write is None else in_features(write)
+    whole = heads is None or features is None or features % heads == 0
+    return AttentionModule(
+        index=index,
+        stack=place[0],
+        layer=place[1],
+        kind="cross" if is_cross(names[1], root) else "self",
+        name=".".join(names),
+        modules=tuple(m for m in root.modules() if is_attention(m)),
+        output=write if whole else None,
+        heads=heads,
+        head_dim=features // heads if features is not None and heads is not None and whole else None,
+    )
+
+
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
     """(dotted name of the list, the module that owns it, the list), outermost lists only."""
     owners = dict(model.named_modules())
     lists = [(n, m) for n, m in owners.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    with_attention = [(n, m) for n, m in lists if any(True for b in m for _ in _attention_roots(b))]
+    with_attention = [(n, m) for n, m in lists if any(True for b in m for _ in attention_roots(b))]
     if not with_attention and lists:
         alike = [(n, m) for n, m in lists if len({type(b) for b in m}) == 1]
         with_attention = [max(alike, key=lambda item: len(item[1]))] if alike else []
@@ -210,70 +255,16 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleLi
 
 def _stack_name(path: str, blocks: nn.ModuleList, taken: dict[str, int]) -> str:
     words = re.split(r"[._]", path.lower())
-    name = next((tower for tower in _TOWERS if any(word.startswith(tower) for word in words)), None)
+    name = next((tower for mark, tower in _TOWERS.items() if any(word.startswith(mark) for word in words)), None)
     if name is None:
-        causal = [getattr(m, "is_causal", None) for m in blocks.modules() if _is_attention(m)]
+        causal = [getattr(m, "is_causal", None) for m in blocks.modules() if is_attention(m)]
         bidirectional = any(flag is False for flag in causal) and not any(causal)
         name = "encoder" if bidirectional else "decoder"
     return path if name in taken else name
 
 
-def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return ("attention" in name or "attn" in name) and "norm" not in name
-
-
-def _attention_roots(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost attention modules inside a block, with their names in it."""
-    taken: list[str] = []
-    for name, module in block.named_modules():
-        if name and _is_attention(module) and not any(name.startswith(outer + ".") for outer in taken):
-            taken.append(name)
-            yield name, module
-
-
-def _is_cross(name: str, module: nn.Module) -> bool:
-    words = (name + "." + type(module).__name__).lower()
-    return bool(getattr(module, "is_cross_attention", False)) or any(
-        mark in words for mark in ("cross", "encoder_attn", "encdec", "enc_dec")
-    )
-
-
-def _out_features(module: nn.Module) -> int | None:
-    """Width of a linear map's output, for `nn.Linear`, transformers' `Conv1D`, quantised and adapted ones."""
-    if hasattr(module, "base_layer"):  # an adapter around a linear map stands for it
-        return _out_features(module.base_layer)  # type: ignore[arg-type]
-    for name in ("out_features", "nf"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def _linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Linear maps below a module in order of registration, adapters not descended into."""
-    for name, child in root.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if _out_features(child) is not None:
-            yield path, child
-        else:
-            yield from _linears(child, path)
-
-
-def _last_linear(root: nn.Module, width: int | None) -> nn.Module | None:
-    found = [m for _, m in _linears(root) if width is None or _out_features(m) == width]
-    return found[-1] if found else None
-
-
-def _mlp_write(block: nn.Module, attention_ids: set[int], width: int | None) -> nn.Module | None:
-    """The module whose output the block adds as its MLP write."""
-    for child in block.children():
-        has_experts = any("expert" in name.lower() for name, _ in (*child.named_modules(), *child.named_parameters()))
-        if has_experts and id(child) not in attention_ids:
-            return child
-    outside = [
-        module
-        for _, module in _linears(block)
-        if id(module) not in attention_ids and (width is None or _out_features(module) == width)
-    ]
-    return outside[-1] if outside else None
+def _main_stack(stacks: dict[str, int]) -> str | None:
+    """The stack that predicts: the decoder, else the first that is no tower of another sense."""
+    if "decoder" in stacks:
+        return "decoder"
+    return next((name for name in stacks if name not in _OTHER_SENSES), next(iter(stacks), None))

@@ -8,8 +8,10 @@ This module imports nothing but the standard library, so that any part may read 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -125,7 +127,12 @@ def _rows(
 _Line = tuple[str, ColumnType, str, str] | tuple[str, ColumnType, str, str, str]
 """name, type, unit, meaning, and the source if there is one"""
 
-_STACK: _Line = ("stack", "string", "", "which tower the layer belongs to: `decoder`, `encoder`, or the module's name")
+_STACK: _Line = (
+    "stack",
+    "string",
+    "",
+    "tower of the layer: `decoder`, `encoder`, `vision`, `audio` or a module name",
+)
 _LAYER: _Line = ("layer", "int32", "1", "index of the block in its stack; -1 at `embed`, their number at `final`")
 
 CATALOGUE: tuple[Metric, ...] = (
@@ -559,6 +566,13 @@ def columns(table: str) -> tuple[Metric, ...]:
     if table not in TABLES:
         raise KeyError(f"no table {table!r}; there are: {', '.join(TABLES)}")
     return tuple(m for m in CATALOGUE if m.table == table)
+
+
+@cache
+def schema_id(table: str) -> str:
+    """Eight hexadecimal digits that change when a column of `table` is added, removed or changes its type."""
+    text = ",".join(f"{m.name}:{m.type}" for m in columns(table))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def metric(table: str, name: str) -> Metric:

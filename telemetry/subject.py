@@ -35,7 +35,7 @@ def describe_run(
         "model_class": type(model).__name__,
         "n_parameters": sum(p.numel() for p in parameters),
         "n_trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "n_layers": max(topology.stacks.values(), default=None),
+        "n_layers": None if topology.main is None else topology.stacks[topology.main],
         "n_heads": _whole(config, "num_attention_heads"),
         "hidden_size": topology.width,
         "vocab_size": _whole(config, "vocab_size"),

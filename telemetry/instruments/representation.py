@@ -191,11 +191,12 @@ class Representation(Probing):
                 seen[activation.site.index] = (activation.site, self._reduce(activation))
 
         taps = ActivationTaps(topology, listen, lambda _: nullcontext())
-        both = {"encoder", "decoder"} <= set(topology.stacks)
         with evaluating(model), torch.no_grad():
             taps.install(heads=False)
             try:
-                taps.arm(ForwardPass(attachment.probe.batch, is_encoder_decoder=both), heads=False)
+                taps.arm(
+                    ForwardPass(attachment.probe.batch, is_encoder_decoder=topology.is_encoder_decoder), heads=False
+                )
                 attachment.probe.forward(model)
             finally:
                 taps.remove()
