@@ -144,6 +144,24 @@ class Probe:
             raise ProbeError(f"the loss on the probe is {float(loss.detach())}: no derivative of it means anything")
         return loss.reshape(())
 
+    @property
+    def n_sequences(self) -> int:
+        """Sequences in the batch."""
+        return _sequences(self.batch)
+
+    def first(self, wanted: int) -> Probe:
+        """The batch's first `wanted` sequences, as views; the probe itself if it has no more.
+
+        Raises:
+            ProbeError: an argument cannot be cut by sequences.
+        """
+        n = self.n_sequences
+        if n <= wanted:
+            return self
+        piece = Probe()
+        piece._batch = {name: _cut(value, 0, wanted, n, name) for name, value in self.batch.items()}
+        return piece
+
     def micro_batches(self, size: int | None, *, model: nn.Module) -> list[tuple[float, Probe]]:
         """The batch in pieces of at most `size` sequences, each with its share w of the loss: L = Σ w_i L_i, Σ w_i = 1.
 
@@ -298,8 +316,8 @@ def _cut(value: Any, start: int, size: int, n: int, name: str) -> Any:
         return value
     if value.shape[dim] != n:
         raise ProbeError(
-            f"micro_batch: expected {n} sequences along dimension {dim} of `{name}`; got shape {tuple(value.shape)}; "
-            "this batch cannot be cut: use micro_batch = None"
+            f"the probe: expected {n} sequences along dimension {dim} of `{name}`; got shape {tuple(value.shape)}; "
+            "this batch cannot be cut: take it whole (micro_batch = None, or as many `sequences` as it has)"
         )
     return value.narrow(dim, start, min(size, n - start))
 
