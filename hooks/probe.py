@@ -141,7 +141,7 @@ class Probe:
         if loss.numel() != 1:
             raise ProbeError(f"{type(model).__name__} returned a loss of shape {tuple(loss.shape)}; expected a scalar")
         if require_finite and not bool(torch.isfinite(loss)):
-            raise ProbeError(f"the loss on the probe is {float(loss.detach())}: no derivative of it means anything")
+            raise ProbeError(f"the loss on the probe is {float(loss.detach())}: nothing measured there has a meaning")
         return loss.reshape(())
 
     @property
