@@ -5,8 +5,9 @@ alike, so keys are read once for a whole group. It keeps, for each row, the runn
 
     l = sum e^(s-m)    u = sum e^(s-m) (s-m)    q = sum e^2(s-m)    and the sink, previous, local and distance sums,
 
-which a larger maximum m' turns into, with a = e^(m-m'): l <- a l, u <- a (u + l (m - m')), q <- a^2 q. Rows are written
-out as they are; `attention_rows` sums them in a fixed order, so there are no atomics and results repeat.
+which a larger maximum m' turns into, with a = e^(m-m'): l <- a l, u <- a (u + l (m - m')), q <- a^2 q. The logit of an
+attention sink is one more such step, at the end. Rows are written out as they are; `attention_rows` sums them in a
+fixed order, so there are no atomics and results repeat.
 
 Decisions:
 
@@ -14,7 +15,8 @@ Decisions:
   one block, padded to a power of two.
 - float32 inputs are multiplied in full precision (TF32 keeps ten bits of a factor) in pieces of the head, since
   a whole head of float32 operands does not fit the registers.
-- Blocks of keys that causality or the window hides from all rows of a program are not visited.
+- Blocks of keys that causality, the window or packing hides from all rows of a program are not visited.
+- Where only log-sum-exp is wanted the same loop keeps m and l only.
 
 Left out: splitting one row's keys over programs; with a few dozen sampled queries a layer it is not needed.
 """
@@ -25,22 +27,10 @@ Left out: splitting one row's keys over programs; with a few dozen sampled queri
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from lm_telemetry.kernels.attention_rows_geometry import (
-    HIDDEN,
-    KEY_BLOCK,
-    LOCAL_WINDOW,
-    RAW_COLUMNS,
-    RowGeometry,
-    aligned,
-    rows_of,
-)
-from lm_telemetry.kernels.dispatch import interpreting
+from lm_telemetry.kernels.attention_rows_geometry import KEY_BLOCK
 
 _PIECE = 32
 """Channels of a float32 head that are multiplied at a time."""
@@ -57,7 +47,7 @@ def tanh(x):  # noqa: ANN201  -- of whatever x is a tensor of
 
 
 # Lengths change from call to call (decoding, packing); to specialise on them would compile again and again.
-@triton.jit(do_not_specialize=["n", "n_keys", "query_offset", "window", "row_blocks"])
+@triton.jit(do_not_specialize=["n", "n_keys", "window", "row_blocks"])
 def row_kernel(
     query,
     key,
@@ -65,11 +55,23 @@ def row_kernel(
     positions,
     positions_b,
     positions_n,
+    own,
+    own_b,
+    own_n,
     keep,
     keep_b,
     keep_n,
     first_key,
     first_key_b,
+    first_key_n,
+    induction_key,
+    induction_key_b,
+    induction_key_n,
+    segments,
+    segments_b,
+    segments_j,
+    sinks,
+    sinks_h,
     mask,
     mask_b,
     mask_h,
@@ -89,7 +91,6 @@ def row_kernel(
     n,
     n_keys,
     width,
-    query_offset,
     window,
     heads,
     kv_heads,
@@ -101,6 +102,10 @@ def row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_INDUCTION: tl.constexpr,
+    LSE_ONLY: tl.constexpr,
     UPCAST: tl.constexpr,
     LOCAL: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -109,7 +114,7 @@ def row_kernel(
     BLOCK_D: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Writes rows (B, Hq, n, 12) float32 for the sampled positions; strides are in elements."""
+    """Writes rows (B, Hq, n, 14) float32 for the sampled positions, or (B, Hq, n) LSEs; strides are in elements."""
     stripe = tl.program_id(0) // row_blocks
     b = (stripe // kv_heads).to(tl.int64)
     kv = stripe % kv_heads
@@ -121,10 +126,20 @@ def row_kernel(
     position = tl.load(positions + b * positions_b + sample * positions_n, mask=live, other=0).to(tl.int64)
     if HAS_KEEP:
         live = live & (tl.load(keep + b * keep_b + sample * keep_n, mask=live, other=0) != 0)
-    at = (position + query_offset).to(tl.int32)
-    first = 0
+    own_at = tl.load(own + b * own_b + sample * own_n, mask=live, other=0).to(tl.int64)
+    at = own_at.to(tl.int32)
+    first = tl.zeros([BLOCK_M], tl.int32)
     if HAS_FIRST:
-        first = tl.load(first_key + b * first_key_b).to(tl.int32)
+        first = tl.load(first_key + b * first_key_b + sample * first_key_n, mask=live, other=0).to(tl.int32)
+    target = tl.full([BLOCK_M], -1, tl.int32)
+    if HAS_INDUCTION:
+        target = tl.load(induction_key + b * induction_key_b + sample * induction_key_n, mask=live, other=-1).to(
+            tl.int32
+        )
+    segment_of = segments + b * segments_b
+    segment = tl.zeros([BLOCK_M], tl.int64)
+    if HAS_SEGMENTS:
+        segment = tl.load(segment_of + own_at * segments_j, mask=live, other=0).to(tl.int64)
 
     channel = tl.arange(0, PIECE)
     query_row = query + b * query_b + head.to(tl.int64) * query_h + position * query_s
@@ -144,6 +159,7 @@ def row_kernel(
     previous = tl.zeros([BLOCK_M], tl.float32)
     local = tl.zeros([BLOCK_M], tl.float32)
     distance = tl.zeros([BLOCK_M], tl.float32)
+    induction = tl.zeros([BLOCK_M], tl.float32)
     seen = tl.zeros([BLOCK_M], tl.float32)
 
     begin = 0
@@ -152,6 +168,8 @@ def row_kernel(
         end = tl.minimum(n_keys, tl.max(tl.where(live, at, -1), 0) + 1)
     if HAS_WINDOW:
         begin = tl.maximum(0, tl.min(tl.where(live, at, n_keys), 0) - window + 1) // BLOCK_N * BLOCK_N
+    if HAS_SEGMENTS:  # each begins with its first key
+        begin = tl.maximum(begin, tl.min(tl.where(live, first, n_keys), 0) // BLOCK_N * BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < n_keys
@@ -180,6 +198,8 @@ def row_kernel(
             visible = visible & (behind >= 0)
         if HAS_WINDOW:
             visible = visible & (behind < window)
+        if HAS_SEGMENTS:
+            visible = visible & (tl.load(segment_of + j * segments_j, mask=there, other=0)[None, :] == segment[:, None])
         if HAS_MASK:
             added = tl.load(mask_row[:, None] + j[None, :], mask=live[:, None], other=HIDDEN)
             visible = visible & (added > HIDDEN / 2)
@@ -194,34 +214,79 @@ def row_kernel(
         a = tl.exp(fall)
         shifted = s - reference[:, None]
         e = tl.exp(shifted)
-        u = a * (u + total * fall) + tl.sum(tl.where(e > 0, e * shifted, 0.0), 1)
+        if not LSE_ONLY:
+            u = a * (u + total * fall) + tl.sum(tl.where(e > 0, e * shifted, 0.0), 1)
+            squares = a * a * squares + tl.sum(e * e, 1)
+            sink = a * sink + tl.sum(tl.where(j[None, :] == first[:, None], e, 0.0), 1)
+            previous = a * previous + tl.sum(tl.where(behind == 1, e, 0.0), 1)
+            local = a * local + tl.sum(tl.where(tl.abs(behind) < LOCAL, e, 0.0), 1)
+            distance = a * distance + tl.sum(e * tl.abs(behind).to(tl.float32), 1)
+        if HAS_INDUCTION:
+            induction = a * induction + tl.sum(tl.where(j[None, :] == target[:, None], e, 0.0), 1)
         total = a * total + tl.sum(e, 1)
-        squares = a * a * squares + tl.sum(e * e, 1)
-        sink = a * sink + tl.sum(tl.where((j == first)[None, :], e, 0.0), 1)
-        previous = a * previous + tl.sum(tl.where(behind == 1, e, 0.0), 1)
-        local = a * local + tl.sum(tl.where(tl.abs(behind) < LOCAL, e, 0.0), 1)
-        distance = a * distance + tl.sum(e * tl.abs(behind).to(tl.float32), 1)
         m = larger
 
-    known = live & (seen > 0)  # False of NaN
+    sees = seen > 0  # False of NaN
+    broken = seen != seen  # noqa: PLR0124  -- of NaN
+    largest = tl.where(sees, m, float("-inf"))
+    counted = seen
+    if HAS_SINKS:
+        slot = tl.load(sinks + head * sinks_h, mask=live, other=0.0).to(tl.float32)
+        whole = tl.abs(slot) < float("inf")
+        broken = broken | (sees & (whole == 0))
+        slot = tl.where(whole, slot, 0.0)
+        reference = tl.maximum(tl.where(sees, m, slot), slot)
+        fall = tl.where(sees, m - reference, 0.0)
+        a = tl.exp(fall)
+        e_slot = tl.exp(slot - reference)
+        u = a * (u + total * fall) + e_slot * (slot - reference)
+        squares = a * a * squares + e_slot * e_slot
+        sink = a * sink + e_slot
+        previous = a * previous
+        local = a * local
+        distance = a * distance
+        induction = a * induction
+        total = a * total + e_slot
+        m = reference
+        counted = seen + 1.0
+    known = live & sees & (broken == 0)
     total = tl.where(known, total, 1.0)
     log_total = tl.log(total)
-    entropy = tl.maximum(log_total - u / total, 0.0)
-    largest = tl.where(known, m, float("-inf"))
-    row = rows + ((b * heads + head) * n + sample) * 12
     stored = r < group * n
-    tl.store(row + 0, known.to(tl.float32), mask=stored)
-    tl.store(row + 1, tl.where(known, entropy, 0.0), mask=stored)
-    tl.store(row + 2, tl.where(known & (seen > 1), entropy / tl.log(tl.maximum(seen, 2.0)), 0.0), mask=stored)
-    tl.store(row + 3, tl.where(known, m + log_total, 0.0), mask=stored)
-    tl.store(row + 4, largest, mask=stored)
-    tl.store(row + 5, tl.where(known, 1.0 / total, 0.0), mask=stored)
-    tl.store(row + 6, tl.where(known, total * total / squares, 0.0), mask=stored)
-    tl.store(row + 7, tl.where(known, sink / total, 0.0), mask=stored)
-    tl.store(row + 8, tl.where(known, previous / total, 0.0), mask=stored)
-    tl.store(row + 9, tl.where(known, local / total, 0.0), mask=stored)
-    tl.store(row + 10, tl.where(known, distance / total, 0.0), mask=stored)
-    tl.store(row + 11, (live & (seen != seen)).to(tl.float32), mask=stored)  # noqa: PLR0124  -- of NaN
+    place = (b * heads + head) * n + sample
+    if LSE_ONLY:
+        lse = tl.where(broken, float("nan"), float("-inf"))
+        tl.store(rows + place, tl.where(known, m + log_total, lse), mask=stored)
+    else:
+        aimed = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_INDUCTION:
+            visible = known & (target >= 0) & (target < n_keys)
+            if CAUSAL:
+                visible = visible & (target <= at)
+            if HAS_WINDOW:
+                visible = visible & (at - target < window)
+            if HAS_SEGMENTS:
+                visible = visible & (tl.load(segment_of + target * segments_j, mask=visible, other=0) == segment)
+            if HAS_MASK:
+                visible = visible & (tl.load(mask_row + target, mask=visible, other=HIDDEN) > HIDDEN / 2)
+            aimed = visible.to(tl.float32)
+        entropy = tl.maximum(log_total - u / total, 0.0)
+        row = rows + place * 14
+        tl.store(row + 0, known.to(tl.float32), mask=stored)
+        tl.store(row + 1, tl.where(known, entropy, 0.0), mask=stored)
+        normalized = entropy / tl.log(tl.maximum(counted, 2.0))
+        tl.store(row + 2, tl.where(known & (counted > 1), normalized, 0.0), mask=stored)
+        tl.store(row + 3, tl.where(known, m + log_total, 0.0), mask=stored)
+        tl.store(row + 4, tl.where(known, largest, float("-inf")), mask=stored)
+        tl.store(row + 5, tl.where(known, 1.0 / total, 0.0), mask=stored)
+        tl.store(row + 6, tl.where(known, total * total / squares, 0.0), mask=stored)
+        tl.store(row + 7, tl.where(known, sink / total, 0.0), mask=stored)
+        tl.store(row + 8, tl.where(known, previous / total, 0.0), mask=stored)
+        tl.store(row + 9, tl.where(known, local / total, 0.0), mask=stored)
+        tl.store(row + 10, tl.where(known, distance / total, 0.0), mask=stored)
+        tl.store(row + 11, aimed, mask=stored)
+        tl.store(row + 12, tl.where(known, induction / total, 0.0), mask=stored)
+        tl.store(row + 13, (live & broken).to(tl.float32), mask=stored)
 
 
 def block_sizes(n_rows: int, width: int, *, whole_head: bool) -> dict[str, int]:
@@ -235,67 +300,3 @@ def block_sizes(n_rows: int, width: int, *, whole_head: bool) -> dict[str, int]:
 def launch_options(*, whole_head: bool) -> dict[str, int | bool]:
     """Warps, stages of the pipeline of loads, and whether products and sums may fuse (Triton's default is changing)."""
     return {"num_warps": 4, "num_stages": 2 if whole_head else 1, "enable_fp_fusion": True}
-
-
-def launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    geometry: RowGeometry,
-    *,
-    scale: float,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Rows (B, Hq, n, 12) float32; arguments as in `attention_rows.attention_rows_at`, checked there."""
-    (batch, heads, _, width), (_, kv_heads, n_keys, _) = query.shape, key.shape
-    n = geometry.positions.shape[1]
-    rows = torch.empty(batch, heads, n, len(RAW_COLUMNS), dtype=torch.float32, device=query.device)
-    positions, keep, first_key = geometry.positions, geometry.keep, geometry.first_key
-    mask = None if geometry.mask is None else geometry.padded_mask
-    bias = None if bias is None else aligned(rows_of(bias, positions))
-    whole_head = query.dtype != torch.float32
-    sizes = block_sizes(heads // kv_heads * n, width, whole_head=whole_head)
-    row_blocks = triton.cdiv(heads // kv_heads * n, sizes["BLOCK_M"])
-    row_kernel[(batch * kv_heads * row_blocks,)](
-        query,
-        key,
-        rows,
-        *_with_strides(positions, (batch, n), query),
-        *_with_strides(keep, (batch, n), query),
-        *_with_strides(first_key, (batch,), query),
-        *_with_strides(mask, (batch, heads, n, -1), query)[:4],
-        *_with_strides(bias, (batch, heads, n, -1), query)[:4],
-        *query.stride()[:3],
-        *key.stride()[:3],
-        scale,
-        softcap or 1.0,
-        n,
-        n_keys,
-        width,
-        geometry.query_offset,
-        geometry.window or 0,
-        heads,
-        kv_heads,
-        row_blocks,
-        CAUSAL=geometry.causal,
-        HAS_WINDOW=geometry.window is not None,
-        HAS_KEEP=keep is not None,
-        HAS_FIRST=first_key is not None,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_MASK=mask is not None,
-        UPCAST=whole_head and interpreting(),
-        LOCAL=LOCAL_WINDOW,
-        HIDDEN=HIDDEN,
-        **sizes,
-        **launch_options(whole_head=whole_head),
-    )
-    return rows
-
-
-def _with_strides(tensor: torch.Tensor | None, shape: tuple[int, ...], absent: torch.Tensor) -> tuple[Any, ...]:
-    """What a launch passes for `tensor` seen as `shape`: it and its strides, or `absent` and zeros."""
-    if tensor is None:
-        return (absent, *(0 for _ in shape))
-    tensor = tensor.expand(shape)
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *tensor.stride())

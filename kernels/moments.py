@@ -182,7 +182,8 @@ def _unmasked_moments(x: torch.Tensor) -> torch.Tensor:
         torch.amax(magnitude, -1, out=largest)
         mean_square = (2 * centre * s1).add_(s2).div_(D).addcmul_(centre, centre)
         bound = mean_square.sqrt_().mul_(OUTLIER_RMS)
-        torch.sum(torch.gt(magnitude, bound[:, None], out=power), -1, out=outliers)
+        beyond = largest > bound  # few tokens have an outlier, and the others need not be searched
+        outliers.zero_()[beyond] = (magnitude[beyond] > bound[beyond, None]).sum(-1, dtype=torch.float32)
     centre, s1, s2, s3, s4, zeros, outliers, largest = per_token.double().view(8, G, N)
     mean, m2, m3, m4 = _merge(torch.full_like(s1, D), centre, (s1, s2, s3, s4))
     count = torch.full_like(mean, N * D)

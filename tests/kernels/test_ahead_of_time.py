@@ -39,11 +39,12 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PLAIN = {"CAUSAL": True}
-FULL = {
-    "CAUSAL": True,
-    **dict.fromkeys(["HAS_WINDOW", "HAS_KEEP", "HAS_FIRST", "HAS_BIAS", "HAS_SOFTCAP", "HAS_MASK"], True),
-}
-MASKED = {"CAUSAL": True, "HAS_KEEP": True, "HAS_FIRST": True, "HAS_MASK": True}
+FLAGS = [n for n in attention_rows_kernel.row_kernel.arg_names if n.startswith("HAS_")]
+FULL = dict.fromkeys(["CAUSAL", *FLAGS], True)
+MASKED = dict.fromkeys(["CAUSAL", "HAS_KEEP", "HAS_FIRST", "HAS_MASK", "HAS_INDUCTION"], True)
+PACKED = dict.fromkeys(["CAUSAL", "HAS_FIRST", "HAS_SEGMENTS", "HAS_INDUCTION"], True)
+LSE = {"CAUSAL": True, "LSE_ONLY": True}
+LSE_FULL = {n: n not in {"HAS_KEEP", "HAS_INDUCTION"} for n in FULL} | {"LSE_ONLY": True}
 ROWS = [  # dtype, head width, rows a key-value head, what the call has
     (torch.bfloat16, 64, 128, MASKED),
     (torch.bfloat16, 128, 128, PLAIN),
@@ -53,6 +54,10 @@ ROWS = [  # dtype, head width, rows a key-value head, what the call has
     (torch.float32, 64, 128, FULL),
     (torch.float32, 128, 32, PLAIN),
     (torch.float32, 256, 128, MASKED),
+    (torch.bfloat16, 128, 128, PACKED),
+    (torch.bfloat16, 128, 128, LSE),
+    (torch.bfloat16, 256, 128, LSE_FULL),
+    (torch.float32, 128, 128, LSE_FULL),
 ]
 WIDTHS = [
     (torch.bfloat16, 256),
@@ -84,13 +89,14 @@ def _aligned(name, type_):
 
 def rows_kernel(target, dtype, width, n_rows, present):
     whole_head = dtype != torch.float32
-    flags = [n for n in attention_rows_kernel.row_kernel.arg_names if n.startswith("HAS_")]
-    constants = dict.fromkeys(["CAUSAL", *flags], False) | present
+    constants = dict.fromkeys(["CAUSAL", *FLAGS, "LSE_ONLY"], False) | present
     constants |= {"UPCAST": False, "LOCAL": LOCAL_WINDOW, "HIDDEN": HIDDEN}
     constants |= attention_rows_kernel.block_sizes(n_rows, width, whole_head=whole_head)
-    constants |= {"positions_n": 1, "keep_n": 1, "first_key_b": 1}  # Triton specialises on strides of 1
+    ones = ["positions_n", "own_n", "keep_n", "first_key_n", "induction_key_n", "segments_j", "sinks_h"]
+    constants |= dict.fromkeys(ones, 1)  # Triton specialises on strides of 1
     types = {"query": POINTERS[dtype], "key": POINTERS[dtype], "rows": "*fp32", "positions": "*i64", "keep": "*u8"}
-    types |= {"first_key": "*i64", "mask": "*fp32", "bias": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(["own", "first_key", "induction_key"], "*i64") | {"segments": "*i32", "sinks": "*fp32"}
+    types |= {"mask": "*fp32", "bias": "*fp32", "scale": "fp32", "softcap": "fp32"}
     options = attention_rows_kernel.launch_options(whole_head=whole_head)
     return compiled(
         attention_rows_kernel.row_kernel,
@@ -141,7 +147,8 @@ def vector_spills(kernel):
 
 def row_name(case):
     dtype, width, n_rows, present = case
-    return f"{NAMES[dtype]}-{width}-{n_rows}-{'full' if present is FULL else len(present)}"
+    names = {id(v): k for k, v in globals().items() if k.isupper()}
+    return f"{NAMES[dtype]}-{width}-{n_rows}-{names.get(id(present), 'bare').lower()}"
 
 
 @pytest.mark.parametrize("case", ROWS, ids=row_name)
@@ -162,7 +169,7 @@ def test_moments_on_hopper(dtype, width, tmp_path):
 
 @pytest.mark.parametrize("target", KEPT)
 def test_attention_rows_elsewhere(target):
-    for case in ((torch.bfloat16, 256, 128, FULL), (torch.float32, 128, 128, PLAIN)):
+    for case in ((torch.bfloat16, 256, 128, FULL), (torch.float32, 128, 128, PLAIN), (torch.bfloat16, 128, 128, LSE)):
         kernel = rows_kernel(target, *case)
         assert kernel.metadata.shared <= SHARED_MEMORY[target]
         if target == "gfx942":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -11,26 +12,17 @@ from hypothesis import strategies as st
 
 from lm_telemetry.kernels import attention_rows_twin, reference
 from lm_telemetry.kernels.attention_rows import RAW_COLUMNS, attention_rows, attention_rows_at, row_geometry
+from lm_telemetry.kernels.attention_rows_geometry import rows_of
 from lm_telemetry.kernels.dispatch import choose
 
-from .attention_cases import CASES, MIN, Case, build
+from .attention_cases import CASES, Case, build, largest_magnitude
 from .tolerances import ROW, logit_tolerance, row_tolerance
 
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
 
 
-def largest_magnitude(query, key, arguments):
-    """The largest sum of magnitudes that makes a finite logit: products, bias and additive mask."""
-    products = reference.logits(query.abs(), key.abs(), scale=arguments["scale"])
-    total = products[products < torch.finfo(torch.float32).max].max()
-    for added in (arguments.get("bias"), arguments.get("mask")):
-        if added is not None and added.is_floating_point():
-            total = total + torch.where(added > MIN / 2, added, 0.0).abs().max()
-    return total.item()
-
-
 def assert_rows(raw, query, key, arguments):
-    """`raw` (Hq, 12) agrees with the oracle: counts exactly, means of the rest to the table's tolerance."""
+    """`raw` (Hq, 14) agrees with the oracle: counts exactly, means of the rest to the table's tolerance."""
     expected = reference.attention_rows(query, key, **arguments)
     assert raw.dtype == torch.float64
     assert raw.shape == expected.shape
@@ -42,7 +34,7 @@ def assert_rows(raw, query, key, arguments):
         "mean_distance": rows * (query.shape[2] + key.shape[2]),
     }
     for c, name in enumerate(RAW_COLUMNS):
-        if name in {"n_queries", "nonfinite"}:
+        if name in {"n_queries", "n_induction", "nonfinite"}:
             assert torch.equal(raw[:, c], expected[:, c]), (name, raw[:, c], expected[:, c])
             continue
         error = (raw[:, c] - expected[:, c]) / divisors.get(name, rows)
@@ -158,10 +150,47 @@ def test_uniform_attention(interpreted):
         "prev_token_mass": 1 / n,
         "local_mass": 16 / n,
         "mean_distance": 20.0,
+        "n_induction": 0.0,
+        "induction_score": 0.0,
         "nonfinite": 0.0,
     }
     for raw in (attention_rows(query, key, **arguments), interpreted(attention_rows, query, key, **arguments)):
         assert dict(zip(RAW_COLUMNS, raw[0].tolist(), strict=True)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sinks_equal_a_key_without_a_place(interpreted):
+    """A slot of logit c beside n equal logits s: p = 1 / (n + e^(c-s)) at each key, the rest on the slot."""
+    query, key = torch.full((1, 1, 50, 64), 0.5), torch.full((1, 1, 50, 64), 0.25)
+    arguments = {"positions": torch.tensor([40]), "scale": 0.125, "causal": True}
+    arguments |= {"sinks": torch.tensor([3.0]), "induction_key": torch.tensor([[7]])}
+    n, slot = 41, math.exp(2.0)
+    p, rest = 1 / (n + slot), slot / (n + slot)
+    expected = {
+        "n_queries": 1.0,
+        "entropy": -n * p * math.log(p) - rest * math.log(rest),
+        "normalized_entropy": (-n * p * math.log(p) - rest * math.log(rest)) / math.log(n + 1),
+        "lse": 1.0 + math.log(n + slot),
+        "max_logit": 1.0,
+        "top1_mass": rest,
+        "effective_keys": 1 / (n * p**2 + rest**2),
+        "sink_mass": p + rest,
+        "prev_token_mass": p,
+        "local_mass": 16 * p,
+        "mean_distance": n * p * 20,
+        "n_induction": 1.0,
+        "induction_score": p,
+        "nonfinite": 0.0,
+    }
+    for raw in (attention_rows(query, key, **arguments), interpreted(attention_rows, query, key, **arguments)):
+        assert dict(zip(RAW_COLUMNS, raw[0].tolist(), strict=True)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_broken_sink_breaks_its_head(interpreted):
+    query, key, arguments = build(CASES["rows that see nothing"])
+    arguments["sinks"] = torch.tensor([torch.nan, 1.0])
+    for raw in (attention_rows(query, key, **arguments), interpreted(attention_rows, query, key, **arguments)):
+        assert_rows(raw, query, key, arguments)
+        assert (raw[:, -1] > 0).tolist() == [True, False]
 
 
 def test_one_visible_key_has_no_entropy(interpreted):
@@ -175,11 +204,13 @@ def test_one_visible_key_has_no_entropy(interpreted):
         assert named["top1_mass"] == named["sink_mass"] == named["effective_keys"] == 1
 
 
-@pytest.mark.parametrize("name", ["grouped", "bool mask", "all at once", "left padding", "position bias"])
-def test_blocks_of_sequences(name, monkeypatch):
-    """The twin works through a large batch a few sequences at a time; here one."""
+@pytest.mark.parametrize("n_rows", [4, 100])
+@pytest.mark.parametrize("name", ["grouped", "induction, masked", "all at once", "left padding", "static cache"])
+def test_blocks_of_sequences_and_rows(name, n_rows, monkeypatch):
+    """The twin works through a large batch a few sequences and rows at a time; here one and four."""
     query, key, arguments = build(CASES[name])
     monkeypatch.setattr(attention_rows_twin, "_BLOCK", 1)
+    monkeypatch.setattr(attention_rows_twin, "_ROWS", n_rows)
     assert_rows(attention_rows(query, key, **arguments), query, key, arguments)
 
 
@@ -187,11 +218,22 @@ def test_a_geometry_serves_all_layers_and_writes_where_it_is_told():
     query, key, arguments = build(CASES["left padding"])
     scale = arguments.pop("scale")
     geometry = row_geometry(n_keys=key.shape[2], **arguments)
-    buffer = torch.full((3, 4, 12), torch.nan, dtype=torch.float64)
+    buffer = torch.full((3, 4, 14), torch.nan, dtype=torch.float64)
     for layer, out in enumerate(buffer):
         assert attention_rows_at(query + layer, key, geometry, scale=scale, out=out) is out
     for layer, out in enumerate(buffer):
         assert torch.equal(out, attention_rows(query + layer, key, scale=scale, **arguments))
+
+
+@pytest.mark.parametrize("name", ["induction, masked", "all at once", "additive mask"])
+def test_a_mask_may_be_a_function_that_gives_rows(name, interpreted, monkeypatch):
+    query, key, arguments = build(CASES[name])
+    asked = {**arguments, "mask": functools.partial(rows_of, arguments["mask"].expand(len(query), -1, -1, -1))}
+    assert torch.equal(attention_rows(query, key, **asked), attention_rows(query, key, **arguments))
+    assert_rows(interpreted(attention_rows, query, key, **asked), query, key, arguments)
+    monkeypatch.setattr(attention_rows_twin, "_BLOCK", 1)
+    monkeypatch.setattr(attention_rows_twin, "_ROWS", 4)
+    assert_rows(attention_rows(query, key, **asked), query, key, arguments)
 
 
 @pytest.mark.parametrize("name", ["softcap", "position bias", "grouped"])
@@ -240,6 +282,10 @@ def test_any_shape(data):
         padding=data.draw(st.sampled_from(["", "left", "right"])),
         mask=data.draw(st.sampled_from(["", "bool", "additive", "blind", "broadcast"])),
         bias=data.draw(st.booleans()),
+        packed=data.draw(st.booleans()),
+        sinks=data.draw(st.sampled_from([None, -3.0, 3.0])),
+        induction=data.draw(st.booleans()),
+        own_keys=data.draw(st.booleans()),
         more={"query_offset": n_keys - n_queries, "window": data.draw(st.sampled_from([None, 1, 5]))},
     )
     query, key, arguments = build(case, seed=data.draw(st.integers(0, 1000)))
@@ -256,7 +302,11 @@ def test_any_shape(data):
         ({"bias": torch.ones(45, 7)}, "45 keys"),
         ({"first_key": torch.zeros(2, 2)}, "first_key"),
         ({"first_key": torch.zeros(3, dtype=torch.int64)}, "batch of 3"),
-        ({"out": torch.zeros(6, 12)}, "float64"),
+        ({"own_keys": torch.zeros(2, 45)}, "own_keys"),
+        ({"segments": torch.zeros(2, 7, dtype=torch.int32)}, "segments"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"induction_key": torch.zeros(1, 3, dtype=torch.int64)}, "induction_key"),
+        ({"out": torch.zeros(6, 14)}, "float64"),
         ({"key": torch.zeros(2, 4, 45, 80)}, "multiple of Hkv"),
         ({"key": torch.zeros(2, 2, 45, 81)}, r"key \(B, Hkv, Sk, D\)"),
     ],
