@@ -10,7 +10,7 @@ them armed, whatever is observed and by whom, and the armed one shows its tensor
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,9 @@ class _InputTap(_Tap):
 @contextmanager
 def aside(tensor: Tensor) -> Iterator[None]:
     """Our arithmetic beside the model's: no graph is recorded, and autocast does not round what we compute."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    device = tensor.device.type
+    rounding = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with torch.no_grad(), rounding:
         yield
 
 

@@ -7,6 +7,9 @@ arguments to it. The configuration keeps its name and masks stay as they are, so
 lookup rather than registry entries also reaches `eager`, which has no entry, and registries that a model file keeps
 for itself.
 
+In a compiled graph the wrapped function is traced with the rest; as with the taps on activations, one graph is silent
+and one shows its arguments through an operator (`graph_tap`).
+
 Seen there: post-RoPE, post-cache queries and keys with grouped keys not expanded. Not reached: models that compute
 attention themselves (Bloom, Falcon's older paths); the instrument says so once.
 """
@@ -16,15 +19,16 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from lm_telemetry.hooks.activation_taps import aside
 from lm_telemetry.hooks.attention_call import describe
-from lm_telemetry.hooks.inert import Inert
+from lm_telemetry.hooks.graph_tap import GraphTap, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    import torch
     from torch import Tensor
 
     from lm_telemetry.hooks.attention_call import AttentionCall
@@ -50,14 +54,17 @@ class AttentionTap:
         self._listener = listener
         self._guard = guard
         self._marked: list[torch.nn.Module] = []
-        self.forward: ForwardPass | None = None
-        """the pass being observed; None while the tap is silent"""
+        self._forward: ForwardPass | None = None
+        self.armed = False
+        """whether a pass is being observed; all that a compiled graph depends on"""
+        self.seen = 0
+        """how many calls of attention were seen in the pass that was observed last"""
 
     def install(self) -> None:
         """Mark the attention modules and wrap the lookup."""
         for attention in self._attentions:
             for module in attention.modules:
-                module.__dict__[MARK] = _Mark(self, attention)
+                module.__dict__[MARK] = _Mark(self, attention, module)
                 self._marked.append(module)
         if self._marked:
             _wrap_lookup()
@@ -68,21 +75,48 @@ class AttentionTap:
             _unwrap_lookup()
         while self._marked:
             self._marked.pop().__dict__.pop(MARK, None)
-        self.forward = None
+        self.silence()
+
+    def arm(self, forward: ForwardPass | None) -> None:
+        """A pass begins that is observed; None if its attention is not wanted.
+
+        Then too the flag is up, so that a compiled graph has no third state.
+        """
+        self._forward = forward
+        self.seen = 0
+        self.armed = True
+
+    def silence(self) -> None:
+        """It is over."""
+        self.armed = False
+        self._forward = None
 
     def see(self, attention: AttentionModule, implementation: str, arguments: dict[str, Any]) -> None:
         """An attention function was called while the tap is armed."""
-        if self.forward is not None:
+        self.seen += 1
+        if self._forward is not None:
             with self._guard("attention tap"), aside(arguments["query"]):
-                self._listener(describe(attention, implementation, self.forward, **arguments))
+                self._listener(describe(attention, implementation, self._forward, **arguments))
 
 
-class _Mark(Inert):
-    __slots__ = ("attention", "tap")
+class _Mark(GraphTap):
+    __slots__ = ("attention", "module", "tap")
 
-    def __init__(self, tap: AttentionTap, attention: AttentionModule) -> None:
+    def __init__(self, tap: AttentionTap, attention: AttentionModule, module: torch.nn.Module) -> None:
+        super().__init__()
         self.tap = tap
         self.attention = attention
+        self.module = module
+
+    def see(self, implementation: str, arguments: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            show(self, {"implementation": implementation, **arguments})
+        else:
+            self.tap.see(self.attention, implementation, {"module": self.module, **arguments})
+
+    def receive(self, arguments: dict[str, Any]) -> None:
+        implementation = arguments.pop("implementation")
+        self.tap.see(self.attention, implementation, {"module": self.module, **arguments})
 
 
 def _tapped(  # noqa: PLR0917 the interface's own order
@@ -98,16 +132,9 @@ def _tapped(  # noqa: PLR0917 the interface's own order
 ) -> Any:
     result = function(module, query, key, value, attention_mask, *args, **kwargs)
     mark = module.__dict__.get(MARK)
-    if isinstance(mark, _Mark) and mark.tap.forward is not None:
-        seen = {
-            "module": module,
-            "query": query,
-            "key": key,
-            "value": value,
-            "attention_mask": attention_mask,
-            **kwargs,
-        }
-        mark.tap.see(mark.attention, implementation, seen)
+    if isinstance(mark, _Mark) and mark.tap.armed:
+        arguments = {"query": query, "key": key, "value": value, "attention_mask": attention_mask, **kwargs}
+        mark.see(implementation, arguments)
     return result
 
 
@@ -117,15 +144,19 @@ def _wrap_lookup() -> None:
     AttentionTap._installed += 1
     if AttentionTap._installed > 1:
         return
-    original = AttentionInterface.get_interface
-    AttentionTap._original = original
+    AttentionTap._original = AttentionInterface.get_interface
+    AttentionInterface.get_interface = _tapping(AttentionTap._original)
+
+
+def _tapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The lookup that taps."""
 
     @functools.wraps(original)
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = original(self, attn_implementation, default)
         return functools.partial(_tapped, function, attn_implementation)
 
-    AttentionInterface.get_interface = get_interface
+    return get_interface
 
 
 def _unwrap_lookup() -> None:

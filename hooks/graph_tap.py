@@ -15,6 +15,11 @@ real tensors, finds the tap that was traced there, and lets it call its listener
 
 Reading a tensor keeps the compiler from fusing it away. The result is equal to rounding, not bit by bit; with the taps
 silent the operator is not in the graph at all.
+
+What it cannot do: reach a graph that was compiled without taps. torch does not guard on whether a module has hooks, and
+keeps graphs by code, not by model, so one that was called before, or another of its class that is called without taps
+in the same process, may lend its graph. Nothing is shown then, which whoever armed the taps can see. And each graph is
+compiled twice, which counts against `torch._dynamo.config.recompile_limit`.
 """
 
 from __future__ import annotations

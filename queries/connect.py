@@ -5,27 +5,38 @@
 
 Decisions:
 
-- A view per table is a glob over its parts, so that rows flushed later are seen by the next query, while the run is
-  live. Tables that have no part yet are typed and empty; those are looked up again by connecting again.
+- Which files a table has is resolved through the manifests (`snapshot`) before each query, so that rows flushed
+  meanwhile are seen while the run is live, and a compaction is seen as a whole or not at all. What did not change is
+  not read again.
+- A table shows the surviving history: rows of an attempt from the step on that a later attempt (the run was resumed
+  from a checkpoint) has captured are left out. All rows there are stand in schema `raw` (`FROM raw.steps`).
 - Every column of the catalogue is there, whatever the files have, as are columns that only the files have. `run_id` is
   text and `rank` an integer, whatever they look like (a run may be called `123`).
 - `time` is a plain TIMESTAMP in UTC: DuckDB's Python client cannot hand out zoned ones without another package.
-- Nothing is ever written. `confine` makes that hold for text that somebody else typed.
+- A file that is missing or damaged makes a query fail with a QueryError that names it (`damage`), never with fewer
+  rows. Of a relation (`con.sql`) that is so while it is made; fetch from it inside `explained()` to have it to the end.
+- Nothing is ever written. `Connection.confine` makes that hold for text that somebody else typed.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from lm_telemetry.catalogue import PARTITIONS, TABLES, Metric, columns
+from lm_telemetry.catalogue import PARTITIONS, TABLES, Metric, columns, schema_id
 from lm_telemetry.errors import QueryError, StoreError
+from lm_telemetry.queries.damage import explain
+from lm_telemetry.queries.snapshot import MANIFESTS, Snapshot
 from lm_telemetry.queries.view import list_views
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     import duckdb
+
+    from lm_telemetry.queries.snapshot import Cut, Part
 
 _TYPES = {
     "bool": "BOOLEAN",
@@ -40,14 +51,18 @@ _TYPES = {
 }
 _PARTITION_TYPES = {"run_id": "VARCHAR", "rank": "INTEGER"}
 _PARTITION_COMMENTS = {"run_id": "name of the run", "rank": "rank of the process that captured the row"}
-_MANIFESTS = "_manifests"
+_GLOB = str.maketrans({c: f"[{c}]" for c in "[*?"})
+_ASKING = frozenset({"sql", "query", "execute", "executemany", "table", "view"})
+"""Methods of a DuckDB connection that look at tables."""
+_FETCHING = frozenset({"fetchone", "fetchmany", "fetchall", "fetchdf", "df", "fetchnumpy", "fetch_df", "arrow", "pl"})
+"""Methods that may read on: a result is not all there when `execute` returns."""
 
 
-def connect(store: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
+def connect(store: str | os.PathLike[str]) -> Connection:
     """An in-memory DuckDB over the store at `store`, with all tables and views; many may be open on a live run.
 
     Raises:
-        StoreError: there is no store.
+        StoreError: there is no store, or a manifest in it cannot be read.
         QueryError: DuckDB is not installed.
     """
     try:
@@ -56,28 +71,164 @@ def connect(store: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
         raise QueryError("asking the store takes DuckDB, which is not installed: pip install duckdb") from error
     root = Path(store).absolute()
     _require_store(root)
-    connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
-    for table, purpose in TABLES.items():
-        connection.execute(f"CREATE VIEW {_name(table)} AS {_select(connection, root, table)}")
-        comments = {m.name: _comment(m.meaning, m.unit) for m in columns(table)}
-        _comment_on(connection, table, purpose, _PARTITION_COMMENTS | comments)
-    for view in list_views():
-        connection.execute(f"CREATE VIEW {_name(view.name)} AS {view.sql}")
-        _comment_on(connection, view.name, view.question, {c.name: _comment(c.meaning, c.unit) for c in view.columns})
-    return connection
+    raw = duckdb.connect()
+    raw.execute("SET TimeZone = 'UTC'")
+    raw.execute("CREATE SCHEMA raw")
+    raw.execute("SET python_scan_all_frames = true")  # `FROM df` names a variable of the caller of our method
+    return Connection(raw, root)
 
 
-def confine(connection: duckdb.DuckDBPyConnection, store: str | os.PathLike[str]) -> None:
-    """Let `connection` reach no file outside the store from now on, load nothing, and never undo this.
+class Connection:
+    """A `duckdb.DuckDBPyConnection` that looks for new files before each query; all its methods are here."""
 
-    DuckDB has no read-only directories: COPY and ATTACH inside the store must be kept out by their kind.
-    """
-    root = str(Path(store).absolute())
-    # A glob is checked by its text, so that the path is allowed as the views spell it, too.
-    connection.execute(f"SET allowed_directories = [{_text(root)}, {_text(_escape_glob(root))}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
+    def __init__(self, raw: duckdb.DuckDBPyConnection, root: Path, tables: _Tables | None = None) -> None:
+        self._raw = raw
+        self._root = root
+        self._tables = _Tables() if tables is None else tables
+        self._snapshot: Snapshot | None = None
+        self.refresh()
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._raw, name)
+        if name not in _ASKING and name not in _FETCHING:
+            return attribute
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if name in _ASKING:
+                self.refresh()
+            with self.explained():
+                answer = attribute(*args, **kwargs)
+            return self if answer is self._raw else answer
+
+        return ask
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._raw.close()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """A context from which errors that a damaged or missing file causes come out as QueryError, and name it."""
+        try:
+            yield
+        except Exception as error:
+            explained = None if self._snapshot is None else explain(error, self._raw, self._snapshot)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def cursor(self) -> Connection:
+        """Another connection to the same tables, for another thread."""
+        return Connection(self._raw.cursor(), self._root, self._tables)
+
+    def refresh(self) -> None:
+        """Look for what was written, compacted or removed since; every query begins with this.
+
+        Raises:
+            StoreError: a manifest cannot be read.
+        """
+        snapshot = Snapshot.take(self._root, self._snapshot)
+        if snapshot is not self._snapshot:
+            for table, parts in snapshot.tables.items():
+                if self._snapshot is None or self._snapshot.tables.get(table) != parts:
+                    root = _escape_glob(str(self._root))
+                    files = [f"{root}/{_escape_glob(part.file)}" for part in parts]
+                    self._raw.execute(f"SET VARIABLE {_files_of(table)} = ?", [files])
+            self._snapshot = snapshot
+        with self.explained():
+            self._tables.define(self._raw, snapshot)
+
+    def confine(self) -> None:
+        """Reach no file outside the store from now on, load nothing, and never undo this.
+
+        DuckDB has no read-only directories: COPY and ATTACH inside the store must be kept out by their kind.
+        """
+        root = str(self._root)
+        # A glob is checked by its text, so that the path is allowed as the views spell it, too.
+        self._raw.execute(f"SET allowed_directories = [{_text(root)}, {_text(_escape_glob(root))}]")
+        self._raw.execute("SET enable_external_access = false")
+        self._raw.execute("SET lock_configuration = true")
+
+
+class _Tables:
+    """The views of one database, made anew where their definition has changed."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, tuple[str, str]] = {}
+        self._layouts: dict[tuple[str, frozenset[str | None]], list[str]] = {}
+
+    def define(self, raw: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
+        """Views of tables whose files have other columns than before or that were overtaken; of the library, once."""
+        library_is_missing = not self._tables
+        cuts = _cut_rows(snapshot.cuts)
+        for table, parts in snapshot.tables.items():
+            every = self._select(raw, snapshot.root, table, parts)
+            surviving = f"FROM raw.{_name(table)} AS r"
+            if cuts and table != "runs":
+                surviving += f" WHERE NOT EXISTS (FROM ({cuts}) AS c WHERE {_OVERTAKEN})"
+            if self._tables.get(table) == (every, surviving):
+                continue
+            self._tables[table] = (every, surviving)
+            comments = _PARTITION_COMMENTS | {m.name: _comment(m.meaning, m.unit) for m in columns(table)}
+            for schema, body in (("raw", every), ("main", surviving)):
+                raw.execute(f"CREATE OR REPLACE VIEW {schema}.{_name(table)} AS {body}")
+                _comment_on(raw, f"{schema}.{_name(table)}", TABLES[table], comments)
+        if library_is_missing:
+            for view in list_views():
+                raw.execute(f"CREATE VIEW {_name(view.name)} AS {view.sql}")
+                comments = {c.name: _comment(c.meaning, c.unit) for c in view.columns}
+                _comment_on(raw, _name(view.name), view.question, comments)
+
+    def _select(self, raw: duckdb.DuckDBPyConnection, root: Path, table: str, parts: list[Part]) -> str:
+        """The SELECT of all rows of a table: from its parts if there are any, else no rows of the same types."""
+        catalogued = columns(table)
+        if not parts:
+            nothing = [f"CAST(NULL AS {t}) AS {_name(c)}" for c, t in _PARTITION_TYPES.items()]
+            nothing += [f"CAST(NULL AS {_TYPES[m.type]}) AS {_name(m.name)}" for m in catalogued]
+            return f"SELECT {', '.join(nothing)} WHERE false"
+        written = frozenset(part.schema for part in parts)
+        present = self._present(raw, root, table, parts, written)
+        known = {*PARTITIONS, *(m.name for m in catalogued)}
+        chosen = [_name(c) for c in PARTITIONS]
+        chosen += [_column(m, is_present=m.name in present) for m in catalogued]
+        chosen += [_name(c) for c in present if c not in known]
+        source = _source(f"getvariable({_text(_files_of(table))})", alike=len(written) == 1 and None not in written)
+        return f"SELECT {', '.join(chosen)} FROM {source}"  # noqa: S608 names and texts are quoted; views take no parameters
+
+    def _present(
+        self, raw: duckdb.DuckDBPyConnection, root: Path, table: str, parts: list[Part], written: frozenset[str | None]
+    ) -> list[str]:
+        """The columns that the files of a table have; files are opened only where no manifest tells."""
+        if written == {schema_id(table)}:
+            return [m.name for m in columns(table)]
+        key = (table, written)
+        if key not in self._layouts or None in written:
+            one_of_each = {part.schema or part.file: part.file for part in parts}
+            files = ", ".join(_text(_escape_glob(str(root / file))) for file in one_of_each.values())
+            self._layouts[key] = raw.sql(f"FROM {_source(f'[{files}]', alike=False)}").columns
+        return self._layouts[key]
+
+
+_OVERTAKEN = "c.run_id = r.run_id AND c.rank = r.rank AND c.attempt = r.attempt AND r.step >= c.step"
+
+
+def _cut_rows(cuts: tuple[Cut, ...]) -> str:
+    """The cuts as the text of a relation; empty if there are none."""
+    rows = ", ".join(f"({_text(c.run_id)}, {c.rank}, {c.attempt}, {c.step})" for c in cuts)
+    return f"FROM (VALUES {rows}) AS v(run_id, rank, attempt, step)" if rows else ""
+
+
+def _source(files: str, *, alike: bool) -> str:
+    types = ", ".join(f"{c}: {t}" for c, t in _PARTITION_TYPES.items())
+    union = "" if alike else "union_by_name = true, "
+    return f"read_parquet({files}, {union}hive_partitioning = true, hive_types = {{{types}}})"
+
+
+def _files_of(table: str) -> str:
+    """The variable of a connection that holds the files of a table."""
+    return f"lm_telemetry_files_{table}"
 
 
 def _require_store(root: Path) -> None:
@@ -86,30 +237,12 @@ def _require_store(root: Path) -> None:
             f"there is no store at {root}; give the directory that the run was given as `store`", path=str(root)
         )
     captured = any(child.is_dir() for table in TABLES for child in (root / table).glob("run_id=*"))
-    if not captured and not (root / _MANIFESTS).is_dir():
+    if not captured and not (root / MANIFESTS).is_dir():
         raise StoreError(
-            f"{root} is not a store: it has neither {_MANIFESTS}/ nor <table>/run_id=.../; give the directory that the"
+            f"{root} is not a store: it has neither {MANIFESTS}/ nor <table>/run_id=.../; give the directory that the"
             " run was given as `store`",
             path=str(root),
         )
-
-
-def _select(connection: duckdb.DuckDBPyConnection, root: Path, table: str) -> str:
-    """The SELECT behind a table's view: the parts if there are any, else no rows of the same types."""
-    catalogued = columns(table)
-    if next((root / table).glob("run_id=*/rank=*/*.parquet"), None) is None:
-        nothing = [f"CAST(NULL AS {t}) AS {_name(c)}" for c, t in _PARTITION_TYPES.items()]
-        nothing += [f"CAST(NULL AS {_TYPES[m.type]}) AS {_name(m.name)}" for m in catalogued]
-        return f"SELECT {', '.join(nothing)} WHERE false"
-    types = ", ".join(f"{c}: {t}" for c, t in _PARTITION_TYPES.items())
-    pattern = _text(f"{_escape_glob(str(root))}/{table}/run_id=*/rank=*/*.parquet")
-    parts = f"read_parquet({pattern}, union_by_name = true, hive_partitioning = true, hive_types = {{{types}}})"
-    present = connection.sql(f"FROM {parts}").columns
-    known = {*PARTITIONS, *(m.name for m in catalogued)}
-    chosen = [_name(c) for c in PARTITIONS]
-    chosen += [_column(m, is_present=m.name in present) for m in catalogued]
-    chosen += [_name(c) for c in present if c not in known]
-    return f"SELECT {', '.join(chosen)} FROM {parts}"  # noqa: S608 names and texts are quoted; views take no parameters
 
 
 def _column(metric: Metric, *, is_present: bool) -> str:
@@ -126,14 +259,16 @@ def _comment(meaning: str, unit: str) -> str:
 
 
 def _comment_on(connection: duckdb.DuckDBPyConnection, view: str, purpose: str, comments: dict[str, str]) -> None:
-    connection.execute(f"COMMENT ON VIEW {_name(view)} IS {_text(purpose)}")
-    for column, comment in comments.items():
-        connection.execute(f"COMMENT ON COLUMN {_name(view)}.{_name(column)} IS {_text(comment)}")
+    statements = [f"COMMENT ON VIEW {view} IS {_text(purpose)}"]
+    statements += [
+        f"COMMENT ON COLUMN {view}.{_name(column)} IS {_text(comment)}" for column, comment in comments.items()
+    ]
+    connection.execute(";".join(statements))
 
 
 def _escape_glob(path: str) -> str:
     """`path` for DuckDB's glob, which reads `[`, `*` and `?` as patterns."""
-    return "".join(f"[{c}]" if c in "[*?" else c for c in path)
+    return path.translate(_GLOB)
 
 
 def _name(identifier: str) -> str:

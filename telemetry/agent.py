@@ -40,7 +40,7 @@ from lm_telemetry.step_clock import StepClock
 from lm_telemetry.subject import describe_optimizer, describe_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from lm_telemetry.hooks.attention_call import AttentionCall
     from lm_telemetry.instruments.base import Columns
@@ -68,6 +68,8 @@ class Agent:
         self._observing = False
         self._probing = False
         """whether a forward pass that comes now is our own"""
+        self._in_graph: ForwardPass | None = None
+        """the pass that is being observed by taps in a compiled graph"""
         self._clock = StepClock()
 
     def event(self, severity: str, kind: str, message: str, **fields: Any) -> None:
@@ -98,6 +100,7 @@ class Agent:
         outer: nn.Module | None = None,
         optimizer: Any = None,
         before_forward: Callable[[Mapping[str, Any]], None] | None = None,
+        continues: str | None = None,
     ) -> None:
         """Put the taps on.
 
@@ -106,6 +109,7 @@ class Agent:
             outer: the module the loop calls, where that is a wrapper of `model`.
             optimizer: what steps it, if known.
             before_forward: told of each call of the model before the agent is.
+            continues: name of the run that this one goes on with, where the settings name none.
 
         Raises:
             ModelError: see `check`.
@@ -119,14 +123,15 @@ class Agent:
         self.parameters = ParameterTap(model)
         self._before_forward = before_forward
         self.set_optimizer(optimizer)
+        self._compiled = is_compiled(outer)
         self.mode = self.settings.mode
         if self.mode == "auto":
-            self.mode = "shadow" if is_compiled(outer) else "taps"
+            self.mode = "shadow" if self._compiled else "taps"
         self._activation_taps = ActivationTaps(self.topology, self._see_activation, self.guard)
         self._attention_tap = AttentionTap(self.topology, self._see_attention, self.guard)
         self._outer = OuterTap(outer, model, self.forward_begin, self.forward_end)
         self._clock = StepClock()
-        self.session.start(model)
+        self.session.start(model, continues=continues)
         if self.settings.probe is not None:
             with self.guard("freezing the probe"):
                 self.probe.freeze(self.settings.probe, model=model)
@@ -145,8 +150,7 @@ class Agent:
             with self.guard(f"instrument {instrument.name}"):
                 instrument.attach(attachment)
         if self.mode == "taps":
-            self._activation_taps.install()
-            self._attention_tap.install()
+            self._install_taps(self.instruments.values())
         self._outer.install()
         self.attached = True
         if not self.topology.sites:
@@ -164,8 +168,7 @@ class Agent:
         self.attached = False
         with self.guard("detaching"):
             self._outer.remove()
-            self._activation_taps.remove()
-            self._attention_tap.remove()
+            self._remove_taps()
             for instrument in self.instruments.values():
                 with self.guard(f"instrument {instrument.name}"):
                     instrument.detach()
@@ -222,6 +225,7 @@ class Agent:
                 self._shadow(forward)
             else:
                 self._arm(forward)
+                self._in_graph = forward if self._compiled else None
 
     def forward_end(self, output: Any) -> None:
         """The call of the model is over."""
@@ -229,7 +233,10 @@ class Agent:
             return
         with self.meter("agent"), self.guard("observing a forward pass"):
             self._observing = False
-            self._arm(None)
+            self._silence()
+            forward, self._in_graph = self._in_graph, None
+            if forward is not None:
+                self._check_graph(forward)
             self._clock.saw_output(output)
         if self.ends_with_forward:
             self.end_step()
@@ -315,14 +322,32 @@ class Agent:
         """Run the batch once more beside the model's own forward, with taps on and no trace left."""
         arguments = {k: v for k, v in forward.batch.items() if k not in {"past_key_values", "use_cache"}}
         try:
-            self._activation_taps.install()
-            self._attention_tap.install()
+            self._install_taps(self._active)
             with self._own_forwards(), preserved(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 self._arm(forward)
                 self.model(**arguments)
         finally:
-            self._activation_taps.remove()
-            self._attention_tap.remove()
+            self._remove_taps()
+
+    def _check_graph(self, forward: ForwardPass) -> None:
+        """A graph that was compiled before the taps were put on runs on without them: then the shadow takes over."""
+        activations, attention = self._activation_taps, self._attention_tap
+        if activations.seen >= len(activations) and (activations.seen or attention.seen):
+            return
+        self.event(
+            "warning",
+            "taps_too_late",
+            f"the compiled graph passed {activations.seen} of {len(activations)} taps on activations and "
+            f"{attention.seen} on attention: most likely it, or one of the same class, was compiled before the agent "
+            "attached. The model is observed by shadow forwards from here on. To have taps in its graph, attach before "
+            "its first call, or call torch._dynamo.reset() first",
+        )
+        self.mode = "shadow"
+        self._remove_taps()
+        for instrument in self._due(Tap.ACTIVATIONS, Tap.ATTENTION, Tap.HEADS):  # again, without what came in part
+            self._call(instrument, "begin", self.step)
+            self._call(instrument, "on_batch", forward.batch)
+        self._shadow(forward)
 
     @contextmanager
     def _own_forwards(self) -> Iterator[None]:
@@ -332,11 +357,23 @@ class Agent:
         finally:
             self._probing = False
 
-    def _arm(self, forward: ForwardPass | None) -> None:
-        self._activation_taps.sites = self._wants(Tap.ACTIVATIONS)
-        self._activation_taps.heads = self._wants(Tap.HEADS)
-        self._activation_taps.forward = forward if self._wants(Tap.ACTIVATIONS, Tap.HEADS) else None
-        self._attention_tap.forward = forward if self._wants(Tap.ATTENTION) else None
+    def _install_taps(self, instruments: Iterable[Instrument]) -> None:
+        taps = {tap for instrument in instruments for tap in instrument.taps}
+        self._activation_taps.install(sites=Tap.ACTIVATIONS in taps, heads=Tap.HEADS in taps)
+        if Tap.ATTENTION in taps:
+            self._attention_tap.install()
+
+    def _remove_taps(self) -> None:
+        self._activation_taps.remove()
+        self._attention_tap.remove()
+
+    def _arm(self, forward: ForwardPass) -> None:
+        self._activation_taps.arm(forward, sites=self._wants(Tap.ACTIVATIONS), heads=self._wants(Tap.HEADS))
+        self._attention_tap.arm(forward if self._wants(Tap.ATTENTION) else None)
+
+    def _silence(self) -> None:
+        self._activation_taps.silence()
+        self._attention_tap.silence()
 
     def _see_activation(self, activation: Activation) -> None:
         heads = activation.site.site == "head_out"
@@ -351,8 +388,8 @@ class Agent:
         with self.meter(instrument.name), self.guard(f"instrument {instrument.name}"):
             getattr(instrument, method)(*args)
 
-    def _due(self, tap: Tap) -> list[Instrument]:
-        return [i for i in self._active if tap in i.taps]
+    def _due(self, *taps: Tap) -> list[Instrument]:
+        return [i for i in self._active if not i.taps.isdisjoint(taps)]
 
     def _wants(self, *taps: Tap) -> bool:
         return any(tap in i.taps for i in self._active for tap in taps)

@@ -5,9 +5,12 @@ trainer = Trainer(..., callbacks=[TelemetryCallback()])
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lm_telemetry.agent import Agent
 from lm_telemetry.settings import Settings
@@ -17,12 +20,15 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
-class TelemetryCallback(TrainerCallback):
+class TelemetryCallback(TrainerCallback, ExportableState):
     """Captures a training run without changing it.
 
     Works with gradient accumulation, evaluation during training, mixed precision, gradient checkpointing, DDP and
     compiled models. The keywords are the fields of `lm_telemetry.Settings`, which documents them and where else they
     may come from.
+
+    Training that is resumed from a checkpoint goes on as the same run, as its next attempt: the checkpoint holds the
+    run's name. A `run_id` of the settings comes first.
 
     Raises:
         SettingsError: a setting cannot be used as given, or the port is taken.
@@ -33,7 +39,10 @@ class TelemetryCallback(TrainerCallback):
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings.resolve(**settings)
+        self._given = settings
         self._agent = Agent(self.settings)
+        self.saved_run_id: str | None = None
+        """set by a Trainer that builds its callbacks anew from a checkpoint; the checkpoint's state tells the same"""
         self._tap: TrainerTap | None = None
 
     @property
@@ -45,6 +54,14 @@ class TelemetryCallback(TrainerCallback):
     def address(self) -> str | None:
         """Where Prometheus can scrape this run; None if nothing is served."""
         return self._agent.session.address
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback, as JSON: the settings it was built with, and the run's name.
+
+        A `probe` is not kept; Trainers that build callbacks anew from a checkpoint freeze the first batch instead.
+        """
+        given = {name: value for name, value in self._given.items() if name != "probe"}
+        return {"args": json.loads(json.dumps(given, default=os.fspath)), "attributes": {"saved_run_id": self.run_id}}
 
     def flush(self) -> bool:
         """Wait until what was captured is on disk; whether it is."""
@@ -66,7 +83,11 @@ class TelemetryCallback(TrainerCallback):
             trainer = find_trainer(self)
             self._tap = None if trainer is None else TrainerTap(trainer)
             outer = kwargs["model"] if self._tap is None else self._tap.outer
-            self._agent.attach(kwargs["model"], outer=outer, optimizer=kwargs.get("optimizer"))
+            continues = _run_of_checkpoint(state)
+            # A Trainer that goes on from a checkpoint without us would fail to save the next: it looks us up there.
+            if isinstance(state.stateful_callbacks, dict):
+                state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+            self._agent.attach(kwargs["model"], outer=outer, optimizer=kwargs.get("optimizer"), continues=continues)
             if self._tap is not None:
                 self._tap.install()
 
@@ -102,3 +123,13 @@ class TelemetryCallback(TrainerCallback):
     ) -> None:
         """Training is over."""
         self.close()
+
+
+def _run_of_checkpoint(state: TrainerState) -> str | None:
+    """Name of the run that the checkpoint was saved by; None for training that begins."""
+    if state.global_step == 0:  # what is in the state then is this process's own
+        return None
+    saved: Any = (state.stateful_callbacks or {}).get(TelemetryCallback.__name__)
+    if isinstance(saved, list):
+        saved = saved[0]
+    return None if saved is None else saved["attributes"]["saved_run_id"]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lm_telemetry.agent import Agent
+from lm_telemetry.errors import SettingsError
 from lm_telemetry.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class observe:  # noqa: N801 a context manager that reads as a verb
     Args:
         model: the module the loop calls; a wrapper (DDP, `torch.compile`) is looked through.
         optimizer: the optimizer, if known here; else `step` is told, and updates are measured from the step after.
+        steps_done: steps of the run that were taken before; a loop that goes on from a checkpoint gives their number,
+            and the `run_id` it began with.
         settings: fields of `lm_telemetry.Settings`.
 
     Raises:
@@ -47,7 +50,13 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         ModelError: the model has no parameters.
     """
 
-    def __init__(self, model: nn.Module, *, optimizer: Any = None, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, optimizer: Any = None, steps_done: int = 0, **settings: Any) -> None:
+        if not isinstance(steps_done, int) or isinstance(steps_done, bool) or steps_done < 0:
+            raise SettingsError(
+                f"steps_done: expected a number of steps, at least 0; got {steps_done!r}",
+                setting="steps_done",
+                value=steps_done,
+            )
         self.settings = Settings.resolve(**settings)
         self._outer = model
         self._model = bare(model)
@@ -56,7 +65,7 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         self._optimizer: Any = None
         self._handles: list[RemovableHandle] = []
         self._first_optimizer = optimizer
-        self._step = 0
+        self._step = steps_done
         self._training = False
 
     @property

@@ -6,11 +6,13 @@ The store and the port are tried when this is built, so that a run that could no
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from lm_telemetry.guard import note_failure
 from lm_telemetry.ranks import here, identify
 from lm_telemetry.run import new_run_id
 from lm_telemetry.store import Store
+from lm_telemetry.upkeep import compact_own, sweep
 from lm_telemetry.writer import Writer
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for the last rows to be written."""
+
+
+_idle: WeakSet[Session] = WeakSet()
+"""Sessions that were built and have not begun: a Trainer that restores callbacks builds a second one for a port."""
 
 
 class Session:
@@ -44,23 +50,29 @@ class Session:
         self._store = Store.open_for_writing(settings.store)
         self._writer: Writer | None = None
         self._early: list[tuple[str, str, str, int, dict[str, Any]]] = []
+        for idle in list(_idle):
+            idle.give_up_port(settings.prometheus_port)
         self._exporter = _exporter(settings)
+        _idle.add(self)
         self.world_size = 1
         self.run_id: str | None = None
         self.described = False
+        self._rank = 0
 
     @property
     def address(self) -> str | None:
         """Where Prometheus can scrape this run; None if nothing is served."""
         return None if self._exporter is None else self._exporter.address
 
-    def start(self, model: nn.Module) -> None:
-        """The run begins: it gets its name, and its writer starts."""
+    def start(self, model: nn.Module, *, continues: str | None = None) -> None:
+        """The run begins: it gets its name, unless it goes on with one that has, and its writer starts."""
+        _idle.discard(self)
         self._store = Store.open_for_writing(self._settings.store)
         identity = identify(
-            lambda: self._settings.run_id or new_run_id(type(model).__name__), self._store.claim_attempt
+            lambda: self._settings.run_id or continues or new_run_id(type(model).__name__), self._store.claim_attempt
         )
         self.run_id = identity.run_id
+        self._rank = identity.place.rank
         self.described = False
         self.world_size = identity.place.world_size
         if self._exporter is None:
@@ -77,6 +89,7 @@ class Session:
             flush_seconds=self._settings.flush_seconds,
             observers=observers,
         )
+        self._tidy(merge=False)
         for severity, kind, message, step, fields in self._early:
             self._writer.event(severity, kind, message, step=step, **fields)
         self._early.clear()
@@ -88,6 +101,12 @@ class Session:
                 "attach after the process group is initialised",
                 step=0,
             )
+
+    def give_up_port(self, port: int | None) -> None:
+        """Close the endpoint that a run which has not begun holds on `port`; it is opened again when that begins."""
+        if port and port == self._settings.prometheus_port and self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
 
     def event(self, severity: str, kind: str, message: str, *, step: int, **fields: Any) -> None:
         """A row of `events`; kept until the run has a name."""
@@ -117,9 +136,20 @@ class Session:
             if not self._writer.close(CLOSE_SECONDS):
                 note_failure("not all captured rows could be written", self._writer.stats)
             self._writer = None
+            self._tidy(merge=True)
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
+
+    def _tidy(self, *, merge: bool) -> None:
+        """Leave a few large files instead of many small ones; what fails is logged."""
+        try:
+            if merge and self.run_id is not None:
+                compact_own(self._store, self.run_id, self._rank)
+            if self._rank == 0:
+                sweep(self._store)
+        except Exception as error:  # noqa: BLE001 the rows are all on disk, and training must go on as without us
+            note_failure("the store could not be tidied up", error)
 
 
 def _exporter(settings: Settings) -> PrometheusExporter | None:

@@ -17,7 +17,7 @@ Decisions:
 - Floats are byte-stream-split under zstd without a value dictionary (3 bytes a value, ten times the speed of pyarrow's
   defaults); only strings have dictionaries.
 
-Left out: merging of small parts, and remote filesystems.
+Left out: merging of small parts (`compaction`), and remote filesystems.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ import json
 import os
 import re
 import secrets
+import socket
+import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lm_telemetry.catalogue import schema_id
 from lm_telemetry.errors import StoreError
 from lm_telemetry.schema import ALL_TABLES, FORMAT_VERSION, schema
 
@@ -46,7 +49,12 @@ MANIFESTS = "_manifests"
 SEAL_AFTER = 512
 """Parts in a manifest before they are sealed into a file of their own."""
 
-_PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
+PART_NAME = re.compile(r"part-(\d+)-(\d+)\.parquet")
+"""attempt, sequence number"""
+
+PRUNED = "pruned.json"
+"""Beside a run's manifests: the run was given up by `retention`, and readers pass it by."""
+
 _ATTEMPT = re.compile(r"attempt=(\d+)")
 
 
@@ -60,6 +68,10 @@ class PartInfo:
     bytes: int
     first_step: int | None
     last_step: int | None
+    schema: str | None = None
+    """`catalogue.schema_id` of the table when it was written; None in manifests older than this"""
+    crc32: int | None = None
+    """checksum of the file's bytes, taken while they were written; None in manifests older than this"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +85,8 @@ class Manifest:
     """Those that are not sealed yet."""
     sealed: list[str] = field(default_factory=list)
     """Files beside the manifest, each a list of `SEAL_AFTER` parts that is never changed again."""
+    lost: list[PartInfo] = field(default_factory=list)
+    """Parts that were acknowledged and then damaged or removed by others; `repair` notes them here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +129,7 @@ class Store:
             StoreError: the claim cannot be written.
         """
         number = self._next_attempt(run_id)
-        directory = self.path / MANIFESTS / f"run_id={run_id}"
+        directory = self.manifests(run_id)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
@@ -134,7 +148,7 @@ class Store:
         found = [
             int(match[2])
             for table in ALL_TABLES
-            for match in map(_PART.fullmatch, _names(self._partition(table, run_id, rank)))
+            for match in map(PART_NAME.fullmatch, _names(self.partition(table, run_id, rank)))
             if match and int(match[1]) == attempt
         ]
         return max(found, default=-1) + 1
@@ -145,35 +159,26 @@ class Store:
         Raises:
             StoreError: it could not be written (disk full, read-only, ...); nothing is left behind.
         """
-        target = self._partition(table, run_id, rank) / f"part-{attempt}-{seq}.parquet"
+        target = self.partition(table, run_id, rank) / f"part-{attempt}-{seq}.parquet"
         try:
             if not target.parent.is_dir():
                 _make_durable_directory(target.parent, below=self.path)
-            size = _put(target, lambda file: pq.write_table(rows, file, compression="zstd", **_encodings(table)))
+            return put_rows(self.path, target, rows, table=table)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"cannot write {target}: {error}", path=str(target)) from error
-        steps: Any = pc.min_max(rows["step"]).as_py()
-        return PartInfo(
-            table=table,
-            file=str(target.relative_to(self.path)),
-            rows=rows.num_rows,
-            bytes=size,
-            first_step=steps["min"],
-            last_step=steps["max"],
-        )
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Replace the rank's manifest; seals its parts first when they are many.
+    def write_manifest(self, manifest: Manifest, *, seal: bool = True) -> None:
+        """Replace the rank's manifest; seals its parts first when they are many, unless it is the last that is written.
 
         Raises:
             StoreError: it could not be written; the one before is still whole.
         """
-        target = self._manifest(manifest.run_id, manifest.rank, manifest.attempt)
+        target = self.manifest_path(manifest.run_id, manifest.rank, manifest.attempt)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            while len(manifest.parts) >= SEAL_AFTER:
+            while seal and len(manifest.parts) >= SEAL_AFTER:
                 name = f"{target.stem}.sealed-{len(manifest.sealed)}.json"
-                _put_json(target.with_name(name), {"parts": _by_table(manifest.parts[:SEAL_AFTER])})
+                put_json(target.with_name(name), {"parts": _by_table(manifest.parts[:SEAL_AFTER])})
                 manifest.sealed.append(name)
                 del manifest.parts[:SEAL_AFTER]
             document = {
@@ -181,11 +186,14 @@ class Store:
                 "run_id": manifest.run_id,
                 "rank": manifest.rank,
                 "attempt": manifest.attempt,
+                "host": socket.gethostname(),
                 "updated": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "sealed": manifest.sealed,
                 "parts": _by_table(manifest.parts),
             }
-            _put_json(target, document)
+            if manifest.lost:
+                document["lost"] = _by_table(manifest.lost)
+            put_json(target, document)
         except OSError as error:
             raise StoreError(f"cannot write {target}: {error.strerror or error}", path=str(target)) from error
 
@@ -195,11 +203,12 @@ class Store:
         Raises:
             StoreError: it is there and cannot be read.
         """
-        target = self._manifest(run_id, rank, attempt)
+        target = self.manifest_path(run_id, rank, attempt)
         manifest = Manifest(run_id=run_id, rank=rank, attempt=attempt)
         try:
             document = json.loads(target.read_text(encoding="utf-8"))
             manifest.sealed = list(document["sealed"])
+            manifest.lost = _parts(document.get("lost", {}))
             for name in manifest.sealed if whole else ():
                 sealed = json.loads(target.with_name(name).read_text(encoding="utf-8"))
                 manifest.parts += _parts(sealed["parts"])
@@ -207,26 +216,94 @@ class Store:
         except FileNotFoundError:
             if target.exists():
                 raise StoreError(f"{target} names a sealed list that is gone", path=str(target)) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"cannot read the manifest {target}: {error!r}", path=str(target)) from error
         return manifest
 
     def _next_attempt(self, run_id: str) -> int:
         """One more than the highest attempt in the claims and in the names of parts (claims may have been deleted)."""
-        claims = map(_ATTEMPT.fullmatch, _names(self.path / MANIFESTS / f"run_id={run_id}"))
+        claims = map(_ATTEMPT.fullmatch, _names(self.manifests(run_id)))
         parts = (
-            _PART.fullmatch(name)
+            PART_NAME.fullmatch(name)
             for table in ALL_TABLES
             for rank in _names(self.path / table / f"run_id={run_id}")
             for name in _names(self.path / table / f"run_id={run_id}" / rank)
         )
-        return max((int(match[1]) for match in (*claims, *parts) if match), default=-1) + 1
+        last = max((int(match[1]) for match in (*claims, *parts) if match), default=-1)
+        return max(last + 1, self._pruned(run_id))
 
-    def _partition(self, table: str, run_id: str, rank: int) -> Path:
+    def is_gone(self) -> bool:
+        """Whether nothing is at the store's path; False while that cannot be told (no permission, a dead mount)."""
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def is_pruned(self, run_id: str) -> bool:
+        """Whether retention has given the run up, and no later launch has taken it up again.
+
+        Raises:
+            StoreError: the mark is there and cannot be read.
+        """
+        return max(self.attempts(run_id), default=-1) < self._pruned(run_id)
+
+    def _pruned(self, run_id: str) -> int:
+        """Number of attempts that retention has given up."""
+        path = self.manifests(run_id) / PRUNED
+        try:
+            return int(json.loads(path.read_bytes())["attempts"])
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"cannot read the manifest {path}: {error!r}", path=str(path)) from error
+
+    def attempts(self, run_id: str) -> list[int]:
+        """Numbers of the launches of a run that have a claim, in order."""
+        return sorted(int(m[1]) for name in _names(self.manifests(run_id)) if (m := _ATTEMPT.fullmatch(name)))
+
+    def partition(self, table: str, run_id: str, rank: int) -> Path:
+        """The directory of a rank's files of a table."""
         return self.path / table / f"run_id={run_id}" / f"rank={rank}"
 
-    def _manifest(self, run_id: str, rank: int, attempt: int) -> Path:
-        return self.path / MANIFESTS / f"run_id={run_id}" / f"attempt={attempt}" / f"rank={rank}.json"
+    def manifests(self, run_id: str) -> Path:
+        """The directory of a run's manifests."""
+        return self.path / MANIFESTS / f"run_id={run_id}"
+
+    def manifest_path(self, run_id: str, rank: int, attempt: int) -> Path:
+        """Where a rank of an attempt has its manifest."""
+        return self.manifests(run_id) / f"attempt={attempt}" / f"rank={rank}.json"
+
+
+def sequence(part: PartInfo) -> int:
+    """The sequence number of a part, which is in its name."""
+    match = PART_NAME.fullmatch(part.file.rpartition("/")[2])
+    if match is None:
+        raise StoreError(f"expected a part's name, part-<attempt>-<seq>.parquet; got {part.file}", path=part.file)
+    return int(match[2])
+
+
+def put_rows(root: Path, target: Path, rows: pa.Table, *, table: str, row_group_size: int | None = None) -> PartInfo:
+    """Put rows of `table` in place as one Parquet file, whole and durably.
+
+    Raises:
+        OSError, pa.ArrowException: it could not be written; nothing is left behind.
+    """
+    options = {"compression": "zstd", "row_group_size": row_group_size, **_encodings(table)}
+    size, crc32 = _put(target, lambda file: pq.write_table(rows, file, **options))
+    steps: Any = pc.min_max(rows["step"]).as_py()
+    return PartInfo(
+        table=table,
+        file=str(target.relative_to(root)),
+        rows=rows.num_rows,
+        bytes=size,
+        first_step=steps["min"],
+        last_step=steps["max"],
+        schema=schema_id(table) if rows.schema.names == schema(table).names else None,
+        crc32=crc32,
+    )
 
 
 @cache
@@ -246,12 +323,33 @@ def _encodings(table: str) -> dict[str, Any]:
     return {"use_dictionary": strings, "column_encoding": encoding}
 
 
-def _put(target: Path, write: Any) -> int:
-    """Write a file so that `target` is whole or absent at every moment; its size in bytes."""
+class _Summed:
+    """A file being written, and the checksum of what has gone into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.crc32 = 0
+
+    closed = False
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _put(target: Path, write: Any) -> tuple[int, int]:
+    """Write a file so that `target` is whole or absent at every moment; its size in bytes, and their checksum."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            write(file)
+            summed = _Summed(file)
+            write(summed)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -261,10 +359,11 @@ def _put(target: Path, write: Any) -> int:
             temporary.unlink(missing_ok=True)
         raise
     _sync_directory(target.parent)
-    return size
+    return size, summed.crc32
 
 
-def _put_json(target: Path, document: dict[str, Any]) -> None:
+def put_json(target: Path, document: dict[str, Any]) -> None:
+    """Put a JSON file in place whole and durably (OSError if it cannot be)."""
     _put(target, lambda file: file.write(json.dumps(document, separators=(",", ":")).encode()))
 
 

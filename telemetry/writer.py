@@ -34,7 +34,9 @@ import pyarrow as pa
 from lm_telemetry.columns import ColumnError, to_table
 from lm_telemetry.errors import StoreError
 from lm_telemetry.events import Event, describe
+from lm_telemetry.liveness import hold
 from lm_telemetry.pending import Pending
+from lm_telemetry.store import SEAL_AFTER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +134,8 @@ class Writer:
         self._queue: SimpleQueue[_Capture | Event | _Marker] = SimpleQueue()
         self._pending = Pending()
         self._manifest_is_old = True
+        self._lock: int | None = None
+        self._stay_live()
         self._failing_since: float | None = None
         self._failed_before = 0
         self._last_step = 0
@@ -215,6 +219,12 @@ class Writer:
     # On the writer's thread.
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._let_go()
+
+    def _work(self) -> None:
         due = time.monotonic() + self._flush_seconds
         while True:
             item: _Capture | Event | _Marker | None
@@ -239,6 +249,17 @@ class Writer:
                     item.done.set()
                     if item.last:
                         return
+
+    def _stay_live(self) -> None:
+        """Have others see that this attempt is being written, as soon as it has a directory."""
+        if self._lock is None:
+            directory = self._store.manifest_path(self._run_id, self._rank, self._attempt).parent
+            self._lock = hold(directory)
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _take(self, item: _Capture | Event) -> None:
         self._last_step = item.step
@@ -318,9 +339,10 @@ class Writer:
 
     def _write(self) -> StoreError | None:
         """Parts for what is in memory, then the manifest; the last error, having tried every table."""
-        if self._manifest.parts and not self._store.path.is_dir():
-            parts = len(self._manifest.parts)
+        if (self._manifest.parts or self._manifest.sealed) and self._store.is_gone():
+            parts = len(self._manifest.parts) + SEAL_AFTER * len(self._manifest.sealed)
             self._manifest.parts, self._manifest.sealed = [], []
+            self._let_go()
             self._tell("error", "store_deleted", "the store was deleted; it is made again", parts=parts)
         failure: StoreError | None = None
         for table, rows in self._pending.by_table().items():
@@ -342,6 +364,7 @@ class Writer:
             try:
                 self._store.write_manifest(self._manifest)
                 self._manifest_is_old = False
+                self._stay_live()
             except StoreError as error:
                 failure = error
         return failure

@@ -34,11 +34,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; QueryError if the query is wrong or would write."""
-    from lm_telemetry.queries import confine, connect
+    from lm_telemetry.queries import connect
 
     query = sys.stdin.read() if arguments.query == "-" else arguments.query
     connection = connect(arguments.store)
-    confine(connection, arguments.store)
+    connection.confine()
     import duckdb
 
     try:

@@ -10,7 +10,7 @@ import pytest
 
 from lm_telemetry.catalogue import TABLES, columns
 from lm_telemetry.errors import QueryError, StoreError
-from lm_telemetry.queries import confine, connect, list_views
+from lm_telemetry.queries import connect, list_views
 
 TYPES = {
     "bool": "BOOLEAN",
@@ -123,7 +123,7 @@ def test_any_directory_name_will_do(tmp_path, put, store, name):
     put("steps", 1, loss=[1.0])
     moved = shutil.move(store.path, tmp_path / name)
     con = connect(moved)
-    confine(con, moved)
+    con.confine()
     assert con.execute("SELECT count(*) FROM steps").fetchone() == (1,)
 
 
@@ -177,7 +177,7 @@ def test_a_confined_connection_reaches_nothing_outside(store, put, tmp_path, que
     put("steps", 1, loss=[1.0])
     (tmp_path / "secret").write_text("secret")
     con = connect(store.path)
-    confine(con, store.path)
+    con.confine()
     with pytest.raises(duckdb.Error):
         con.execute(query.format(outside=tmp_path, store=store.path)).fetchall()
     assert con.execute("SELECT loss FROM training").fetchall() == [(1.0,)]

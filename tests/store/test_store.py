@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import zlib
 from pathlib import Path
 
 import duckdb
@@ -11,6 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from lm_telemetry.catalogue import schema_id
 from lm_telemetry.columns import to_table
 from lm_telemetry.errors import StoreError
 from lm_telemetry.schema import ALL_TABLES, schema
@@ -49,6 +51,8 @@ def test_a_part_lies_where_it_is_said_to(store):
         bytes=path.stat().st_size,
         first_step=5,
         last_step=7,
+        schema=schema_id("steps"),
+        crc32=zlib.crc32(path.read_bytes()),
     )
     assert list(path.parent.iterdir()) == [path]
     assert pq.read_schema(path).equals(schema("steps"), check_metadata=True)
@@ -147,6 +151,8 @@ def test_a_manifest_comes_back_as_it_was(store):
         "bytes": 9,
         "first_step": 1,
         "last_step": 1,
+        "schema": None,
+        "crc32": None,
     }
 
 
