@@ -167,6 +167,7 @@ VARIANTS: dict[str, Callable[[], contextlib.AbstractContextManager[Step]]] = {
     "ours, attached and idle": lambda: ours(PER_STEP, NEVER),
     "ours, all per-step instruments, every step": lambda: ours(PER_STEP, 1),
     "ours, all per-step instruments, every 10 steps": lambda: ours(PER_STEP, 10),
+    "ours, activations and attention, every step": lambda: ours(("activations", "attention"), 1),
     "ours, activations, every step": lambda: ours(("activations",), 1),
     "ours, attention, every step": lambda: ours(("attention",), 1),
     "ours, parameters, every step": lambda: ours(("parameters",), 1),

@@ -51,7 +51,7 @@ class observe:  # noqa: N801 a context manager that reads as a verb
     """
 
     def __init__(self, model: nn.Module, *, optimizer: Any = None, steps_done: int = 0, **settings: Any) -> None:
-        if not isinstance(steps_done, int) or isinstance(steps_done, bool) or steps_done < 0:
+        if type(steps_done) is not int or steps_done < 0:
             raise SettingsError(
                 f"steps_done: expected a number of steps, at least 0; got {steps_done!r}",
                 setting="steps_done",
