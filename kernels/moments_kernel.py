@@ -156,7 +156,8 @@ def tile_shape(width: int) -> tuple[int, int, int]:
     """(tokens a tile, padded width, warps) for tokens of `width` entries."""
     block_d = triton.next_power_of_2(max(width, 16))
     block_n = max(1, _TILE // block_d)
-    return block_n, block_d, max(4, block_n * block_d // (_TILE // 4))
+    warps = 4 * block_n * block_d // _TILE
+    return block_n, block_d, 4 if warps <= 4 else 2 * warps  # a token wider than a tile spills at as many a warp
 
 
 def launch(

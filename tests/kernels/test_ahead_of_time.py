@@ -107,13 +107,13 @@ def rows_kernel(target, dtype, width, n_rows, present):
     )
 
 
-def tile_kernel(target, dtype, width):
+def tile_kernel(target, dtype, width, *, sampled=True):
     block_n, block_d, warps = moments_kernel.tile_shape(width)
     return compiled(
         moments_kernel.tile_moments,
         target,
         (("x", POINTERS[dtype]), ("rows", "*i64"), ("keep", "*u8"), ("partials", "*fp64"), ("outlier_rms", "fp32")),
-        (("HAS_ROWS", True), ("HAS_KEEP", True), ("BLOCK_N", block_n), ("BLOCK_D", block_d)),
+        (("HAS_ROWS", sampled), ("HAS_KEEP", sampled), ("BLOCK_N", block_n), ("BLOCK_D", block_d)),
         (("num_warps", warps), ("enable_fp_fusion", True)),
     )
 
@@ -159,9 +159,10 @@ def test_attention_rows_on_hopper(case, tmp_path):
     assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
 
 
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "all tokens"])
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS, ids=lambda v: NAMES.get(v, v))
-def test_moments_on_hopper(dtype, width, tmp_path):
-    kernel = tile_kernel("sm_90", dtype, width)
+def test_moments_on_hopper(dtype, width, sampled, tmp_path):
+    kernel = tile_kernel("sm_90", dtype, width, sampled=sampled)
     registers, stack = resources(kernel, tmp_path)
     assert stack == 0, f"registers are spilled ({registers} registers, {stack} bytes of stack)"
     assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
