@@ -71,8 +71,8 @@ class Settings:
 
     mode: Literal["auto", "taps", "shadow"] = "auto"
     """How activations are seen. `taps` reads the model's own forward; `shadow` repeats it on sampled steps, without
-    gradients and with the random state restored. `auto` is `shadow` for compiled models and `taps` for others. On a compiled
-    model `taps` stand in its graph: attach before its first call; two graphs are compiled, with and without them."""
+    gradients and with the random state restored. `auto` is `shadow` for compiled models and `taps` for others. In a
+    compiled model taps stand in its graph: attach before its first call; two graphs are compiled, with and without."""
 
     strict: bool = False
     """Whether errors of the agent are raised instead of recorded as events. For tests and debugging."""
