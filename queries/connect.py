@@ -15,11 +15,13 @@ Decisions:
 - `time` is a plain TIMESTAMP in UTC: DuckDB's Python client cannot hand out zoned ones without another package.
 - A file that is missing or damaged makes a query fail with a QueryError that names it (`damage`), never with fewer
   rows. Of a relation (`con.sql`) that is so while it is made; fetch from it inside `explained()` to have it to the end.
+- Of a store at an URL the manifests are copied and the tables read where they are (`mirror`).
 - Nothing is ever written. `Connection.confine` makes that hold for text that somebody else typed.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -29,14 +31,15 @@ from lm_telemetry.errors import QueryError, StoreError
 from lm_telemetry.queries.damage import explain
 from lm_telemetry.queries.snapshot import MANIFESTS, Snapshot
 from lm_telemetry.queries.view import list_views
+from lm_telemetry.remote import is_url
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     import duckdb
 
-    from lm_telemetry.queries.snapshot import Cut, Part
+    from lm_telemetry.queries.mirror import Mirror
+    from lm_telemetry.queries.snapshot import Part
 
 _TYPES = {
     "bool": "BOOLEAN",
@@ -61,6 +64,8 @@ _FETCHING = frozenset({"fetchone", "fetchmany", "fetchall", "fetchdf", "df", "fe
 def connect(store: str | os.PathLike[str]) -> Connection:
     """An in-memory DuckDB over the store at `store`, with all tables and views; many may be open on a live run.
 
+    `store` is a directory, or the URL of a place that fsspec can read (`s3://bucket/path`).
+
     Raises:
         StoreError: there is no store, or a manifest in it cannot be read.
         QueryError: DuckDB is not installed.
@@ -69,21 +74,34 @@ def connect(store: str | os.PathLike[str]) -> Connection:
         import duckdb
     except ImportError as error:
         raise QueryError("asking the store takes DuckDB, which is not installed: pip install duckdb") from error
-    root = Path(store).absolute()
-    _require_store(root)
+    mirror = _mirror(store)
+    root = Path(store).absolute() if mirror is None else mirror.path
+    if mirror is None:
+        _require_store(root)
     raw = duckdb.connect()
+    if mirror is not None:
+        raw.register_filesystem(mirror.files)
     raw.execute("SET TimeZone = 'UTC'")
     raw.execute("CREATE SCHEMA raw")
     raw.execute("SET python_scan_all_frames = true")  # `FROM df` names a variable of the caller of our method
-    return Connection(raw, root)
+    return Connection(raw, root, mirror=mirror)
 
 
 class Connection:
     """A `duckdb.DuckDBPyConnection` that looks for new files before each query; all its methods are here."""
 
-    def __init__(self, raw: duckdb.DuckDBPyConnection, root: Path, tables: _Tables | None = None) -> None:
+    def __init__(
+        self,
+        raw: duckdb.DuckDBPyConnection,
+        root: Path,
+        tables: _Tables | None = None,
+        *,
+        mirror: Mirror | None = None,
+    ) -> None:
         self._raw = raw
         self._root = root
+        self._mirror = mirror
+        self._base = str(root) if mirror is None else mirror.url
         self._tables = _Tables() if tables is None else tables
         self._snapshot: Snapshot | None = None
         self.refresh()
@@ -121,7 +139,7 @@ class Connection:
 
     def cursor(self) -> Connection:
         """Another connection to the same tables, for another thread."""
-        return Connection(self._raw.cursor(), self._root, self._tables)
+        return Connection(self._raw.cursor(), self._root, self._tables, mirror=self._mirror)
 
     def refresh(self) -> None:
         """Look for what was written, compacted or removed since; every query begins with this.
@@ -129,12 +147,14 @@ class Connection:
         Raises:
             StoreError: a manifest cannot be read.
         """
-        snapshot = Snapshot.take(self._root, self._snapshot)
+        if self._mirror is not None:
+            self._mirror.refresh()
+        snapshot = Snapshot.take(self._root, self._snapshot, base=self._base)
         if snapshot is not self._snapshot:
             for table, parts in snapshot.tables.items():
                 if self._snapshot is None or self._snapshot.tables.get(table) != parts:
-                    root = _escape_glob(str(self._root))
-                    files = [f"{root}/{_escape_glob(part.file)}" for part in parts]
+                    base = _escape_glob(self._base)
+                    files = [f"{base}/{_escape_glob(part.file)}" for part in parts]
                     self._raw.execute(f"SET VARIABLE {_files_of(table)} = ?", [files])
             self._snapshot = snapshot
         with self.explained():
@@ -145,7 +165,7 @@ class Connection:
 
         DuckDB has no read-only directories: COPY and ATTACH inside the store must be kept out by their kind.
         """
-        root = str(self._root)
+        root = self._base
         # A glob is checked by its text, so that the path is allowed as the views spell it, too.
         self._raw.execute(f"SET allowed_directories = [{_text(root)}, {_text(_escape_glob(root))}]")
         self._raw.execute("SET enable_external_access = false")
@@ -162,9 +182,9 @@ class _Tables:
     def define(self, raw: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
         """Views of tables whose files have other columns than before or that were overtaken; of the library, once."""
         library_is_missing = not self._tables
-        cuts = _cut_rows(snapshot.cuts)
+        cuts = _cut_rows(snapshot)
         for table, parts in snapshot.tables.items():
-            every = self._select(raw, snapshot.root, table, parts)
+            every = self._select(raw, snapshot.base, table, parts)
             surviving = f"FROM raw.{_name(table)} AS r"
             if cuts and table != "runs":
                 surviving += f" WHERE NOT EXISTS (FROM ({cuts}) AS c WHERE {_OVERTAKEN})"
@@ -181,7 +201,7 @@ class _Tables:
                 comments = {c.name: _comment(c.meaning, c.unit) for c in view.columns}
                 _comment_on(raw, _name(view.name), view.question, comments)
 
-    def _select(self, raw: duckdb.DuckDBPyConnection, root: Path, table: str, parts: list[Part]) -> str:
+    def _select(self, raw: duckdb.DuckDBPyConnection, base: str, table: str, parts: list[Part]) -> str:
         """The SELECT of all rows of a table: from its parts if there are any, else no rows of the same types."""
         catalogued = columns(table)
         if not parts:
@@ -189,7 +209,7 @@ class _Tables:
             nothing += [f"CAST(NULL AS {_TYPES[m.type]}) AS {_name(m.name)}" for m in catalogued]
             return f"SELECT {', '.join(nothing)} WHERE false"
         written = frozenset(part.schema for part in parts)
-        present = self._present(raw, root, table, parts, written)
+        present = self._present(raw, base, table, parts, written)
         known = {*PARTITIONS, *(m.name for m in catalogued)}
         chosen = [_name(c) for c in PARTITIONS]
         chosen += [_column(m, is_present=m.name in present) for m in catalogued]
@@ -198,7 +218,7 @@ class _Tables:
         return f"SELECT {', '.join(chosen)} FROM {source}"  # noqa: S608 names and texts are quoted; views take no parameters
 
     def _present(
-        self, raw: duckdb.DuckDBPyConnection, root: Path, table: str, parts: list[Part], written: frozenset[str | None]
+        self, raw: duckdb.DuckDBPyConnection, base: str, table: str, parts: list[Part], written: frozenset[str | None]
     ) -> list[str]:
         """The columns that the files of a table have; files are opened only where no manifest tells."""
         if written == {schema_id(table)}:
@@ -206,7 +226,7 @@ class _Tables:
         key = (table, written)
         if key not in self._layouts or None in written:
             one_of_each = {part.schema or part.file: part.file for part in parts}
-            files = ", ".join(_text(_escape_glob(str(root / file))) for file in one_of_each.values())
+            files = ", ".join(_text(_escape_glob(f"{base}/{file}")) for file in one_of_each.values())
             self._layouts[key] = raw.sql(f"FROM {_source(f'[{files}]', alike=False)}").columns
         return self._layouts[key]
 
@@ -214,10 +234,23 @@ class _Tables:
 _OVERTAKEN = "c.run_id = r.run_id AND c.rank = r.rank AND c.attempt = r.attempt AND r.step >= c.step"
 
 
-def _cut_rows(cuts: tuple[Cut, ...]) -> str:
-    """The cuts as the text of a relation; empty if there are none."""
-    rows = ", ".join(f"({_text(c.run_id)}, {c.rank}, {c.attempt}, {c.step})" for c in cuts)
-    return f"FROM (VALUES {rows}) AS v(run_id, rank, attempt, step)" if rows else ""
+_UNTOLD = """
+    SELECT earlier.run_id, earlier.rank, earlier.attempt, min(later.step) AS step
+    FROM starts AS earlier JOIN starts AS later
+        ON later.run_id = earlier.run_id AND later.rank = earlier.rank AND later.attempt > earlier.attempt
+    GROUP BY ALL
+"""
+
+
+def _cut_rows(snapshot: Snapshot) -> str:
+    """Where attempts were overtaken, as the text of a relation; empty if none was."""
+    rows = ", ".join(f"({_text(c.run_id)}, {c.rank}, {c.attempt}, {c.step})" for c in snapshot.cuts)
+    cuts = [f"FROM (VALUES {rows}) AS v(run_id, rank, attempt, step)"] if rows else []
+    if snapshot.untold:
+        names = ", ".join(map(_text, snapshot.untold))
+        starts = "SELECT run_id, rank, attempt, min(step) AS step FROM raw.steps"
+        cuts.append(f"WITH starts AS ({starts} WHERE run_id IN ({names}) GROUP BY ALL) {_UNTOLD}")
+    return " UNION ALL ".join(f"({cut})" for cut in cuts)
 
 
 def _source(files: str, *, alike: bool) -> str:
@@ -229,6 +262,18 @@ def _source(files: str, *, alike: bool) -> str:
 def _files_of(table: str) -> str:
     """The variable of a connection that holds the files of a table."""
     return f"lm_telemetry_files_{table}"
+
+
+def _mirror(store: str | os.PathLike[str]) -> Mirror | None:
+    """The mirror of a store at an URL; None for a local one."""
+    name = os.fspath(store)
+    if not is_url(name):
+        return None
+    try:
+        from lm_telemetry.queries.mirror import Mirror
+    except ImportError as error:
+        raise QueryError(f"reading {name} takes fsspec: pip install 'lm-telemetry[remote]'") from error
+    return Mirror(name)
 
 
 def _require_store(root: Path) -> None:

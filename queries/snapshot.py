@@ -95,6 +95,11 @@ class _Run:
                 found.setdefault(rank, {})[attempt] = min(steps)
         return found
 
+    def is_untold(self) -> bool:
+        """Whether there are several attempts, and where one of them began is in its rows alone."""
+        listed = {part.attempt for part in self.listed if part.table == "steps" and part.attempt is not None}
+        return bool(listed) and len(listed | {attempt for attempt, _ in self.parts}) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -109,8 +114,9 @@ class Cut:
 class Snapshot:
     """The files of a store at one moment."""
 
-    def __init__(self, root: Path, runs: dict[str, _Run], seen: dict[str, int]) -> None:
-        self.root = root
+    def __init__(self, root: Path, base: str, runs: dict[str, _Run], seen: dict[str, int]) -> None:
+        self.base = base
+        """what the names of files are relative to: a directory or an URL"""
         self._runs = runs
         self._seen = seen
         self.tables: dict[str, list[Part]] = {table: [] for table in TABLES}
@@ -118,13 +124,15 @@ class Snapshot:
             for part in run.files():
                 self.tables.setdefault(part.table, []).append(part)
         self.cuts = tuple(cut for run_id, run in runs.items() for cut in _cuts(run_id, run.starts()))
-        """what later launches overtook"""
+        """what later launches overtook, as far as manifests tell"""
+        self.untold = tuple(run_id for run_id, run in runs.items() if run.is_untold())
+        """runs of several launches, of which not all have manifests: there the rows have to tell what was overtaken"""
 
     @classmethod
-    def take(cls, root: Path, before: Self | None = None) -> Self:
+    def take(cls, root: Path, before: Self | None = None, *, base: str | None = None) -> Self:
         """The store as it is now; `before`, an earlier snapshot of it, saves reading what has not changed.
 
-        Returns `before` itself if nothing has changed.
+        Returns `before` itself if nothing has changed. `base` is where the files of the tables are, if not at `root`.
 
         Raises:
             StoreError: a manifest cannot be read; `.path` is its path.
@@ -139,7 +147,7 @@ class Snapshot:
         runs = {run_id: _read_run(str(root), run_id, known.get(run_id)) for run_id in sorted(names)}
         if before is not None and set(known) == names and all(runs[name] is known[name] for name in names):
             return before
-        return cls(root, runs, seen)
+        return cls(root, str(root) if base is None else base, runs, seen)
 
     @property
     def run_ids(self) -> list[str]:

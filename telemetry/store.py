@@ -120,15 +120,15 @@ class Store:
             ) from error
         return store
 
-    def claim_attempt(self, run_id: str) -> int:
+    def claim_attempt(self, run_id: str, *, at_least: int = 0) -> int:
         """The number of this launch of `run_id`: 0, or one more than the highest that left a trace. Claimed for good.
 
-        With many ranks, one rank claims and tells the others.
+        With many ranks, one rank claims and tells the others. Numbers below `at_least` were taken elsewhere.
 
         Raises:
             StoreError: the claim cannot be written.
         """
-        number = self._next_attempt(run_id)
+        number = max(at_least, self._next_attempt(run_id))
         directory = self.manifests(run_id)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             while seal and len(manifest.parts) >= SEAL_AFTER:
                 name = f"{target.stem}.sealed-{len(manifest.sealed)}.json"
-                put_json(target.with_name(name), {"parts": _by_table(manifest.parts[:SEAL_AFTER])})
+                put_json(target.with_name(name), {"parts": by_table(manifest.parts[:SEAL_AFTER])})
                 manifest.sealed.append(name)
                 del manifest.parts[:SEAL_AFTER]
             document = {
@@ -189,10 +189,10 @@ class Store:
                 "host": socket.gethostname(),
                 "updated": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "sealed": manifest.sealed,
-                "parts": _by_table(manifest.parts),
+                "parts": by_table(manifest.parts),
             }
             if manifest.lost:
-                document["lost"] = _by_table(manifest.lost)
+                document["lost"] = by_table(manifest.lost)
             put_json(target, document)
         except OSError as error:
             raise StoreError(f"cannot write {target}: {error.strerror or error}", path=str(target)) from error
@@ -208,11 +208,11 @@ class Store:
         try:
             document = json.loads(target.read_text(encoding="utf-8"))
             manifest.sealed = list(document["sealed"])
-            manifest.lost = _parts(document.get("lost", {}))
+            manifest.lost = listed_parts(document.get("lost", {}))
             for name in manifest.sealed if whole else ():
                 sealed = json.loads(target.with_name(name).read_text(encoding="utf-8"))
-                manifest.parts += _parts(sealed["parts"])
-            manifest.parts += _parts(document["parts"])
+                manifest.parts += listed_parts(sealed["parts"])
+            manifest.parts += listed_parts(document["parts"])
         except FileNotFoundError:
             if target.exists():
                 raise StoreError(f"{target} names a sealed list that is gone", path=str(target)) from None
@@ -393,7 +393,8 @@ def _names(directory: Path) -> list[str]:
         return []
 
 
-def _by_table(parts: list[PartInfo]) -> dict[str, list[dict[str, Any]]]:
+def by_table(parts: list[PartInfo]) -> dict[str, list[dict[str, Any]]]:
+    """Parts as a manifest lists them."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
         entry = asdict(part)
@@ -401,5 +402,6 @@ def _by_table(parts: list[PartInfo]) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
-def _parts(tables: dict[str, list[dict[str, Any]]]) -> list[PartInfo]:
+def listed_parts(tables: dict[str, list[dict[str, Any]]]) -> list[PartInfo]:
+    """The parts that a manifest lists."""
     return [PartInfo(table=table, **entry) for table, entries in tables.items() for entry in entries]
