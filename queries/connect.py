@@ -5,6 +5,7 @@
 
 Decisions:
 
+- A view is made when a query first names it (`tables`): connecting costs next to nothing, however many there are.
 - Which files a table has is resolved through the manifests (`snapshot`) before each query, so that rows flushed
   meanwhile are seen while the run is live, and a compaction is seen as a whole or not at all. What did not change is
   not read again.
@@ -26,11 +27,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lm_telemetry.catalogue import PARTITIONS, TABLES, Metric, columns, schema_id
+from lm_telemetry.catalogue import TABLES
 from lm_telemetry.errors import QueryError, StoreError
 from lm_telemetry.queries.damage import explain
 from lm_telemetry.queries.snapshot import MANIFESTS, Snapshot
-from lm_telemetry.queries.view import list_views
+from lm_telemetry.queries.tables import Tables, escape_glob, files_of, text
 from lm_telemetry.remote import is_url
 
 if TYPE_CHECKING:
@@ -41,20 +42,6 @@ if TYPE_CHECKING:
     from lm_telemetry.queries.mirror import Mirror
     from lm_telemetry.queries.snapshot import Part
 
-_TYPES = {
-    "bool": "BOOLEAN",
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "float32": "FLOAT",
-    "float64": "DOUBLE",
-    "string": "VARCHAR",
-    "timestamp": "TIMESTAMP",
-    "list<int32>": "INTEGER[]",
-    "list<float32>": "FLOAT[]",
-}
-_PARTITION_TYPES = {"run_id": "VARCHAR", "rank": "INTEGER"}
-_PARTITION_COMMENTS = {"run_id": "name of the run", "rank": "rank of the process that captured the row"}
-_GLOB = str.maketrans({c: f"[{c}]" for c in "[*?"})
 _ASKING = frozenset({"sql", "query", "execute", "executemany", "table", "view"})
 """Methods of a DuckDB connection that look at tables."""
 _FETCHING = frozenset({"fetchone", "fetchmany", "fetchall", "fetchdf", "df", "fetchnumpy", "fetch_df", "arrow", "pl"})
@@ -94,7 +81,7 @@ class Connection:
         self,
         raw: duckdb.DuckDBPyConnection,
         root: Path,
-        tables: _Tables | None = None,
+        tables: Tables | None = None,
         *,
         mirror: Mirror | None = None,
     ) -> None:
@@ -102,9 +89,10 @@ class Connection:
         self._root = root
         self._mirror = mirror
         self._base = str(root) if mirror is None else mirror.url
-        self._tables = _Tables() if tables is None else tables
-        self._snapshot: Snapshot | None = None
-        self.refresh()
+        self._tables = Tables() if tables is None else tables
+        self._told: dict[str, list[Part]] = {}
+        """by table, the files that are in this connection's variable"""
+        self._snapshot = Snapshot.take(self._root, base=self._base)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._raw, name)
@@ -114,8 +102,10 @@ class Connection:
         def ask(*args: Any, **kwargs: Any) -> Any:
             if name in _ASKING:
                 self.refresh()
-            with self.explained():
-                answer = attribute(*args, **kwargs)
+                answer = self._ask(attribute, _query_of(args, kwargs), args, kwargs)
+            else:
+                with self.explained():
+                    answer = attribute(*args, **kwargs)
             return self if answer is self._raw else answer
 
         return ask
@@ -132,10 +122,15 @@ class Connection:
         try:
             yield
         except Exception as error:
-            explained = None if self._snapshot is None else explain(error, self._raw, self._snapshot)
+            explained = explain(error, self._raw, self._snapshot)
             if explained is None:
                 raise
             raise explained from error
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The files that the last query was answered from."""
+        return self._snapshot
 
     def cursor(self) -> Connection:
         """Another connection to the same tables, for another thread."""
@@ -149,16 +144,38 @@ class Connection:
         """
         if self._mirror is not None:
             self._mirror.refresh()
-        snapshot = Snapshot.take(self._root, self._snapshot, base=self._base)
-        if snapshot is not self._snapshot:
-            for table, parts in snapshot.tables.items():
-                if self._snapshot is None or self._snapshot.tables.get(table) != parts:
-                    base = _escape_glob(self._base)
-                    files = [f"{base}/{_escape_glob(part.file)}" for part in parts]
-                    self._raw.execute(f"SET VARIABLE {_files_of(table)} = ?", [files])
-            self._snapshot = snapshot
+        self._snapshot = Snapshot.take(self._root, self._snapshot, base=self._base)
+
+    def _ask(self, method: Any, query: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method with the views that `query` takes; with all, if it names one in a way we did not see."""
+        import duckdb
+
+        self._define(query)
         with self.explained():
-            self._tables.define(self._raw, snapshot)
+            try:
+                return method(*args, **kwargs)
+            except duckdb.CatalogException:
+                # A single statement that is not understood has done nothing yet. With all views there, DuckDB also
+                # knows better which one may have been meant.
+                has_all = query is None or self._tables.has_all(self._snapshot)
+                if has_all or len(self._raw.extract_statements(query)) != 1:
+                    raise
+                self._define(None)
+                return method(*args, **kwargs)
+
+    def _define(self, query: str | None) -> None:
+        """Make the views that a query takes, None for all, and tell them their files."""
+        snapshot = self._snapshot
+        wanted = self._tables.wanted(snapshot, query)
+        for table in wanted & snapshot.tables.keys():
+            parts = snapshot.tables[table]
+            if self._told.get(table) != parts:
+                base = escape_glob(self._base)
+                files = [f"{base}/{escape_glob(part.file)}" for part in parts]
+                self._raw.execute(f"SET VARIABLE {files_of(table)} = ?", [files])
+                self._told[table] = parts
+        with self.explained():
+            self._tables.define(self._raw, snapshot, wanted, query)
 
     def confine(self) -> None:
         """Reach no file outside the store from now on, load nothing, and never undo this.
@@ -167,101 +184,16 @@ class Connection:
         """
         root = self._base
         # A glob is checked by its text, so that the path is allowed as the views spell it, too.
-        self._raw.execute(f"SET allowed_directories = [{_text(root)}, {_text(_escape_glob(root))}]")
+        self._raw.execute(f"SET allowed_directories = [{text(root)}, {text(escape_glob(root))}]")
         self._raw.execute("SET enable_external_access = false")
         self._raw.execute("SET lock_configuration = true")
 
 
-class _Tables:
-    """The views of one database, made anew where their definition has changed."""
-
-    def __init__(self) -> None:
-        self._tables: dict[str, tuple[str, str]] = {}
-        self._layouts: dict[tuple[str, frozenset[str | None]], list[str]] = {}
-
-    def define(self, raw: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
-        """Views of tables whose files have other columns than before or that were overtaken; of the library, once."""
-        library_is_missing = not self._tables
-        cuts = _cut_rows(snapshot)
-        for table, parts in snapshot.tables.items():
-            every = self._select(raw, snapshot.base, table, parts)
-            surviving = f"FROM raw.{_name(table)} AS r"
-            if cuts and table != "runs":
-                surviving += f" WHERE NOT EXISTS (FROM ({cuts}) AS c WHERE {_OVERTAKEN})"
-            if self._tables.get(table) == (every, surviving):
-                continue
-            self._tables[table] = (every, surviving)
-            comments = _PARTITION_COMMENTS | {m.name: _comment(m.meaning, m.unit) for m in columns(table)}
-            for schema, body in (("raw", every), ("main", surviving)):
-                raw.execute(f"CREATE OR REPLACE VIEW {schema}.{_name(table)} AS {body}")
-                _comment_on(raw, f"{schema}.{_name(table)}", TABLES[table], comments)
-        if library_is_missing:
-            for view in list_views():
-                raw.execute(f"CREATE VIEW {_name(view.name)} AS {view.sql}")
-                comments = {c.name: _comment(c.meaning, c.unit) for c in view.columns}
-                _comment_on(raw, _name(view.name), view.question, comments)
-
-    def _select(self, raw: duckdb.DuckDBPyConnection, base: str, table: str, parts: list[Part]) -> str:
-        """The SELECT of all rows of a table: from its parts if there are any, else no rows of the same types."""
-        catalogued = columns(table)
-        if not parts:
-            nothing = [f"CAST(NULL AS {t}) AS {_name(c)}" for c, t in _PARTITION_TYPES.items()]
-            nothing += [f"CAST(NULL AS {_TYPES[m.type]}) AS {_name(m.name)}" for m in catalogued]
-            return f"SELECT {', '.join(nothing)} WHERE false"
-        written = frozenset(part.schema for part in parts)
-        present = self._present(raw, base, table, parts, written)
-        known = {*PARTITIONS, *(m.name for m in catalogued)}
-        chosen = [_name(c) for c in PARTITIONS]
-        chosen += [_column(m, is_present=m.name in present) for m in catalogued]
-        chosen += [_name(c) for c in present if c not in known]
-        source = _source(f"getvariable({_text(_files_of(table))})", alike=len(written) == 1 and None not in written)
-        return f"SELECT {', '.join(chosen)} FROM {source}"  # noqa: S608 names and texts are quoted; views take no parameters
-
-    def _present(
-        self, raw: duckdb.DuckDBPyConnection, base: str, table: str, parts: list[Part], written: frozenset[str | None]
-    ) -> list[str]:
-        """The columns that the files of a table have; files are opened only where no manifest tells."""
-        if written == {schema_id(table)}:
-            return [m.name for m in columns(table)]
-        key = (table, written)
-        if key not in self._layouts or None in written:
-            one_of_each = {part.schema or part.file: part.file for part in parts}
-            files = ", ".join(_text(_escape_glob(f"{base}/{file}")) for file in one_of_each.values())
-            self._layouts[key] = raw.sql(f"FROM {_source(f'[{files}]', alike=False)}").columns
-        return self._layouts[key]
-
-
-_OVERTAKEN = "c.run_id = r.run_id AND c.rank = r.rank AND c.attempt = r.attempt AND r.step >= c.step"
-
-
-_UNTOLD = """
-    SELECT earlier.run_id, earlier.rank, earlier.attempt, min(later.step) AS step
-    FROM starts AS earlier JOIN starts AS later
-        ON later.run_id = earlier.run_id AND later.rank = earlier.rank AND later.attempt > earlier.attempt
-    GROUP BY ALL
-"""
-
-
-def _cut_rows(snapshot: Snapshot) -> str:
-    """Where attempts were overtaken, as the text of a relation; empty if none was."""
-    rows = ", ".join(f"({_text(c.run_id)}, {c.rank}, {c.attempt}, {c.step})" for c in snapshot.cuts)
-    cuts = [f"FROM (VALUES {rows}) AS v(run_id, rank, attempt, step)"] if rows else []
-    if snapshot.untold:
-        names = ", ".join(map(_text, snapshot.untold))
-        starts = "SELECT run_id, rank, attempt, min(step) AS step FROM raw.steps"
-        cuts.append(f"WITH starts AS ({starts} WHERE run_id IN ({names}) GROUP BY ALL) {_UNTOLD}")
-    return " UNION ALL ".join(f"({cut})" for cut in cuts)
-
-
-def _source(files: str, *, alike: bool) -> str:
-    types = ", ".join(f"{c}: {t}" for c, t in _PARTITION_TYPES.items())
-    union = "" if alike else "union_by_name = true, "
-    return f"read_parquet({files}, {union}hive_partitioning = true, hive_types = {{{types}}})"
-
-
-def _files_of(table: str) -> str:
-    """The variable of a connection that holds the files of a table."""
-    return f"lm_telemetry_files_{table}"
+def _query_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The text of what is asked: a query, a statement or the name of a table; None if it is something else."""
+    asked = next(iter((*args, *kwargs.values())), None)
+    query = getattr(asked, "query", asked)
+    return query if isinstance(query, str) else None
 
 
 def _mirror(store: str | os.PathLike[str]) -> Mirror | None:
@@ -288,37 +220,3 @@ def _require_store(root: Path) -> None:
             " run was given as `store`",
             path=str(root),
         )
-
-
-def _column(metric: Metric, *, is_present: bool) -> str:
-    name = _name(metric.name)
-    if not is_present:
-        return f"CAST(NULL AS {_TYPES[metric.type]}) AS {name}"
-    if metric.type == "timestamp":
-        return f"{name} AT TIME ZONE 'UTC' AS {name}"
-    return f"CAST({name} AS {_TYPES[metric.type]}) AS {name}"
-
-
-def _comment(meaning: str, unit: str) -> str:
-    return f"{meaning} [{unit}]" if unit not in {"", "1"} else meaning
-
-
-def _comment_on(connection: duckdb.DuckDBPyConnection, view: str, purpose: str, comments: dict[str, str]) -> None:
-    statements = [f"COMMENT ON VIEW {view} IS {_text(purpose)}"]
-    statements += [
-        f"COMMENT ON COLUMN {view}.{_name(column)} IS {_text(comment)}" for column, comment in comments.items()
-    ]
-    connection.execute(";".join(statements))
-
-
-def _escape_glob(path: str) -> str:
-    """`path` for DuckDB's glob, which reads `[`, `*` and `?` as patterns."""
-    return path.translate(_GLOB)
-
-
-def _name(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

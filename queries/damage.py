@@ -2,6 +2,7 @@
 
 A file that is gone, cut short or overwritten is named by DuckDB itself. Damage within a file may come out as a bare
 "Invalid data", or as text that is no text; then the files are tried one by one, which only a failed query pays for.
+What the filesystem of a store at an URL raises comes out as the text of a traceback.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 SEARCH_SECONDS = 10.0
 """How long files are tried."""
 
+_TRACEBACK = re.compile(r"^Traceback .*?^(?!Traceback|\s)([^\n]+)", re.DOTALL | re.MULTILINE)
+"""with the line that names the exception"""
+
 _NAMED = re.compile(r"['\"]([^'\"\n]*\.parquet)['\"]")
 
 
@@ -33,6 +37,9 @@ def explain(error: Exception, raw: duckdb.DuckDBPyConnection, snapshot: Snapshot
     if not bare and not isinstance(error, duckdb.IOException | duckdb.InvalidInputException):
         return None
     text = re.sub(r"\[([\[*?])\]", r"\1", str(error))
+    raised = _TRACEBACK.match(text)
+    if raised:
+        return QueryError(f"the store at {snapshot.base} cannot be read so: {raised[1]}")
     file = _named(text, snapshot.base)
     if file is None and not bare:
         return None

@@ -140,11 +140,11 @@ class Snapshot:
         known = {} if before is None else before._runs
         places = [f"{root}/{place}" for place in (MANIFESTS, *TABLES)]
         if before is not None and all(_unchanged(before._seen, place) for place in places):
-            seen, names = before._seen, set(known)
+            seen, names, tables = before._seen, set(known), dict.fromkeys(known, tuple(TABLES))
         else:
             seen = {place: _modified(place) for place in places}
-            names = {m[1] for place in places for entry in _entries(place) if (m := _RUN.fullmatch(entry))}
-        runs = {run_id: _read_run(str(root), run_id, known.get(run_id)) for run_id in sorted(names)}
+            names, tables = _runs(str(root))
+        runs = {name: _read_run(str(root), name, known.get(name), tables.get(name, ())) for name in sorted(names)}
         if before is not None and set(known) == names and all(runs[name] is known[name] for name in names):
             return before
         return cls(root, str(root) if base is None else base, runs, seen)
@@ -158,8 +158,19 @@ class Snapshot:
 # Paths are plain text below: of a thousand runs there are tens of thousands.
 
 
-def _read_run(root: str, run_id: str, before: _Run | None) -> _Run:
-    """The run as it is now; `before` itself if nothing has changed."""
+def _runs(root: str) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+    """Names of all runs, and the tables in which each has a directory."""
+    names = {m[1] for entry in _entries(f"{root}/{MANIFESTS}") if (m := _RUN.fullmatch(entry))}
+    tables: dict[str, tuple[str, ...]] = {}
+    for table in TABLES:
+        for entry in _entries(f"{root}/{table}"):
+            if match := _RUN.fullmatch(entry):
+                tables[match[1]] = (*tables.get(match[1], ()), table)
+    return names | tables.keys(), tables
+
+
+def _read_run(root: str, run_id: str, before: _Run | None, tables: tuple[str, ...]) -> _Run:
+    """The run, with directories in `tables` at most, as it is now; `before` itself if nothing has changed."""
     if before is not None and before.parts and not before.listed:
         known = before.seen
         if all(_unchanged(known, path) for path in known):
@@ -180,7 +191,7 @@ def _read_run(root: str, run_id: str, before: _Run | None) -> _Run:
     for rank, name in _ranks(f"{directory}/{COMPACTION}"):
         with suppress(FileNotFoundError):
             _read_compaction(run, f"{directory}/{COMPACTION}/{name}", run_id, rank)
-    run.listed = _listed(root, run_id, run, max(map(_number, attempts), default=-1))
+    run.listed = _listed(root, run_id, run, max(map(_number, attempts), default=-1), tables)
     if before is not None and _same(before, run):
         before.seen = run.seen
         return before
@@ -289,12 +300,12 @@ def _part(table: str, run_id: str, rank: int, attempt: int | None, entry: dict[s
     )
 
 
-def _listed(root: str, run_id: str, run: _Run, last_attempt: int) -> list[Part]:
+def _listed(root: str, run_id: str, run: _Run, last_attempt: int, tables: tuple[str, ...]) -> list[Part]:
     """Parts of ranks that have no manifest of an attempt, as their directories show them."""
     ranks = {rank for _, rank in run.parts}
     complete = {rank for rank in ranks if all((attempt, rank) in run.parts for attempt in range(last_attempt + 1))}
     found = []
-    for table in TABLES:
+    for table in tables:
         for name in _entries(f"{root}/{table}/run_id={run_id}"):
             match = _RANK.fullmatch(name)
             if not match or match[2] or int(match[1]) in complete:

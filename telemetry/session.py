@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from lm_telemetry.guard import note_failure
+from lm_telemetry.process_end import before_exit, finished
 from lm_telemetry.ranks import here, identify
 from lm_telemetry.run import new_run_id
+from lm_telemetry.spool import open_spool
 from lm_telemetry.store import Store
 from lm_telemetry.upkeep import compact_own, sweep
 from lm_telemetry.writer import Writer
@@ -23,9 +25,14 @@ if TYPE_CHECKING:
     from lm_telemetry.exporters.prometheus import PrometheusExporter
     from lm_telemetry.instruments.base import Columns
     from lm_telemetry.settings import Settings
+    from lm_telemetry.uploader import Uploader
+    from lm_telemetry.writer import Observer
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for the last rows to be written."""
+
+UPLOAD_SECONDS = 20.0
+"""How long it then waits for a remote store to have them."""
 
 
 _idle: WeakSet[Session] = WeakSet()
@@ -47,7 +54,9 @@ class Session:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._store = Store.open_for_writing(settings.store)
+        self._spool = open_spool(settings)
+        self._store = Store.open_for_writing(settings.store) if self._spool is None else self._spool.store
+        self._uploader: Uploader | None = None
         self._writer: Writer | None = None
         self._early: list[tuple[str, str, str, int, dict[str, Any]]] = []
         for idle in list(_idle):
@@ -67,9 +76,10 @@ class Session:
     def start(self, model: nn.Module, *, continues: str | None = None) -> None:
         """The run begins: it gets its name, unless it goes on with one that has, and its writer starts."""
         _idle.discard(self)
-        self._store = Store.open_for_writing(self._settings.store)
+        self._store = Store.open_for_writing(self._store.path)
         identity = identify(
-            lambda: self._settings.run_id or continues or new_run_id(type(model).__name__), self._store.claim_attempt
+            lambda: self._settings.run_id or continues or new_run_id(type(model).__name__),
+            self._store.claim_attempt if self._spool is None else self._spool.claim_attempt,
         )
         self.run_id = identity.run_id
         self._rank = identity.place.rank
@@ -77,10 +87,13 @@ class Session:
         self.world_size = identity.place.world_size
         if self._exporter is None:
             self._exporter = _exporter(self._settings)
-        observers = []
+        observers: list[Observer] = []
         if self._exporter is not None:
             self._exporter.start(run_id=identity.run_id, rank=identity.place.rank, model_class=type(model).__name__)
             observers.append(self._exporter)
+        if self._spool is not None:
+            self._uploader = self._spool.uploader(identity.run_id, identity.attempt, identity.place.rank)
+            observers.append(self._uploader)
         self._writer = Writer(
             self._store,
             run_id=identity.run_id,
@@ -89,6 +102,9 @@ class Session:
             flush_seconds=self._settings.flush_seconds,
             observers=observers,
         )
+        if self._uploader is not None:
+            self._uploader.start(self._writer.event)
+            before_exit(self.finish)
         self._tidy(merge=False)
         for severity, kind, message, step, fields in self._early:
             self._writer.event(severity, kind, message, step=step, **fields)
@@ -133,16 +149,46 @@ class Session:
     def finish(self) -> None:
         """The run is over: write what is left, close the endpoint."""
         if self._writer is not None:
+            uploader, self._uploader = self._uploader, None
+            arrived = uploader is not None and self._upload(uploader)
             if not self._writer.close(CLOSE_SECONDS):
                 note_failure("not all captured rows could be written", self._writer.stats)
             self._writer = None
+            if uploader is not None:
+                finished(self.finish)
+                uploader.close(UPLOAD_SECONDS if arrived else 0.0)
             self._tidy(merge=True)
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
 
+    def _upload(self, uploader: Uploader) -> bool:
+        """Wait for the remote store while the run can still tell of what stays behind; whether nothing does."""
+        assert self._writer is not None
+        self._writer.flush(CLOSE_SECONDS)
+        if uploader.drain(UPLOAD_SECONDS):
+            return True
+        left = uploader.stats
+        message = (
+            f"{left.waiting_parts} files are left in {self._store.path}, which {self._settings.store} did not take; the"
+            " next run with this store and spool uploads them, or `upload_spool`"
+        )
+        note_failure("the remote store is behind", message)
+        self._writer.event(
+            "warning",
+            "spool_left",
+            message,
+            step=uploader.step,
+            spool=self._store.path,
+            parts=left.waiting_parts,
+            bytes=left.waiting_bytes,
+        )
+        return False
+
     def _tidy(self, *, merge: bool) -> None:
-        """Leave a few large files instead of many small ones; what fails is logged."""
+        """Leave a few large files instead of many small ones, in a local store; what fails is logged."""
+        if self._spool is not None:
+            return
         try:
             if merge and self.run_id is not None:
                 compact_own(self._store, self.run_id, self._rank)

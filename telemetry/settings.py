@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lm_telemetry.errors import SettingsError
+from lm_telemetry.remote import is_url, unfit
 
 ENTRY_POINT_GROUP = "lm_telemetry.instruments"
 ENV_PREFIX = "LM_TELEMETRY_"
@@ -38,6 +39,7 @@ USUAL_INSTRUMENTS = (
 )
 """Those that run when none are named: the ones whose cost at their usual cadence nobody feels."""
 
+_BROKEN_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -46,7 +48,8 @@ class Settings:
     """What to measure, how often, and where it goes."""
 
     store: str = "telemetry-store"
-    """Directory of the Parquet store; made if it is not there."""
+    """Directory of the Parquet store, made if it is not there; or an URL of a place that fsspec can write, such as
+    `s3://bucket/path`. Credentials and endpoints are that filesystem's own configuration (`AWS_*`, `FSSPEC_*`)."""
 
     run_id: str | None = None
     """Name of the run, `[A-Za-z0-9._-]`, at most 128 characters. None makes a readable unique one."""
@@ -66,6 +69,13 @@ class Settings:
     flush_seconds: float = 5.0
     """How long captured rows may stay in memory before they are on disk."""
 
+    spool: str = "telemetry-spool"
+    """Directory where rows for a store at an URL are safe until they are there; best on a disk that outlives the
+    process. The next run that has it uploads what was left."""
+
+    spool_bytes: int = 2 * 2**30
+    """Bytes that may wait there, of each rank; past it the oldest rows go, counted and told in an event."""
+
     max_overhead: float = 0.01
     """Share of the training time the agent may take. Recorded with the run beside what it took."""
 
@@ -78,8 +88,14 @@ class Settings:
     """Whether errors of the agent are raised instead of recorded as events. For tests and debugging."""
 
     def __post_init__(self) -> None:
-        _check(_is_path(self.store), "store", self.store, "a path")
-        object.__setattr__(self, "store", os.fspath(self.store))
+        _check(_is_path(self.store), "store", self.store, "a path or an URL")
+        object.__setattr__(self, "store", _store(os.fspath(self.store)))
+        _check(_is_path(self.spool), "spool", self.spool, "a path")
+        object.__setattr__(self, "spool", os.fspath(self.spool))
+        _check(not is_url(self.spool), "spool", self.spool, "a local path")
+        _check(
+            _is_int(self.spool_bytes) and self.spool_bytes >= 1, "spool_bytes", self.spool_bytes, "a number of bytes"
+        )
         _check(
             self.run_id is None or _is_run_id(self.run_id),
             "run_id",
@@ -167,6 +183,23 @@ def _instruments(given: Any) -> Mapping[str, Mapping[str, Any]]:
 def _check(holds: bool, setting: str, value: Any, expected: str) -> None:
     if not holds:
         raise SettingsError(f"{setting}: expected {expected}; got {value!r}", setting=setting, value=value)
+
+
+def _store(given: str) -> str:
+    """The store's path or URL; `file://` is a path, and `Path("s3://...")`, which loses a slash, is refused."""
+    _check(
+        not _BROKEN_URL.match(given),
+        "store",
+        given,
+        "a path, or an URL as text (a Path drops a slash of it)",
+    )
+    if not is_url(given):
+        return given
+    if given.startswith("file://"):
+        return given.removeprefix("file://")
+    wrong = unfit(given)
+    _check(wrong is None, "store", f"{given.partition('://')[0]}://...", wrong or "")
+    return given
 
 
 def _is_path(value: Any) -> bool:

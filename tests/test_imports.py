@@ -49,7 +49,7 @@ def test_the_folders_are_not_top_level_packages(tmp_path):
 ALLOWED = {
     "kernels": set(),
     "hooks": {"kernels", "errors"},
-    "queries": {"schema", "catalogue", "errors", "store"},
+    "queries": {"schema", "catalogue", "errors", "remote", "store"},
     "exporters": {"schema", "catalogue", "errors", "queries", "writer", "settings"},
 }
 TORCHLESS = ("queries", "exporters")

@@ -22,21 +22,6 @@
 WITH measured AS (
     SELECT * FROM heads WHERE entropy IS NOT NULL OR nonfinite > 0
 ),
-starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM measured
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT m.*
-    FROM measured AS m
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = m.run_id AND later.rank = m.rank
-            AND later.attempt > m.attempt AND later.first_step <= m.step
-    )
-),
 ordered AS (
     SELECT
         *,
@@ -46,7 +31,7 @@ ordered AS (
         row_number() OVER (
             PARTITION BY run_id, rank, stack, layer, kind, head ORDER BY step DESC, time DESC
         ) AS from_last
-    FROM kept
+    FROM measured
 ),
 ends AS (
     SELECT

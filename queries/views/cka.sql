@@ -17,45 +17,29 @@
 -- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals.
 --   `layers` shows which layers do the same (the blocks of arXiv 2010.15327), `steps` when a layer became what it is at
 --   the end (from the bottom up in arXiv 1706.05806). Sketches of different numbers of tokens, of two towers or of
---   different probes are not of the same tokens and not compared; those of a launch that a later one overtook are left
---   out. Pairs are found by their keys before any sketch is read.
-WITH places AS (
-    SELECT run_id, rank, attempt, stack, layer, site, step, n_tokens
-    FROM sketches
-),
-starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM places
-    GROUP BY run_id, rank, attempt
-),
-probes AS (
+--   different probes are not of the same tokens and not compared. Pairs are found by their keys before any sketch is read.
+WITH probes AS (
     SELECT run_id, rank, attempt, max(probe_sha256) AS probe
     FROM runs
     GROUP BY run_id, rank, attempt
 ),
-kept AS (
+places AS (
     SELECT
-        s.*,
+        s.run_id, s.rank, s.attempt, s.stack, s.layer, s.site, s.step, s.n_tokens,
         p.probe,
         max(s.step) OVER (PARTITION BY s.run_id, s.rank, s.stack, s.layer, s.site) AS last_step
-    FROM places AS s
+    FROM sketches AS s
     LEFT JOIN probes AS p ON p.run_id = s.run_id AND p.rank = s.rank AND p.attempt = s.attempt
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = s.run_id AND later.rank = s.rank
-            AND later.attempt > s.attempt AND later.first_step <= s.step
-    )
 ),
 lasts AS (
-    SELECT * FROM kept WHERE step = last_step
+    SELECT * FROM places WHERE step = last_step
 ),
 pairs AS (
     SELECT
         'steps' AS comparison, a.run_id, a.rank, a.attempt, a.stack, a.layer, a.site, a.step, a.n_tokens,
         b.run_id AS other_run_id, b.attempt AS other_attempt, b.layer AS other_layer, b.site AS other_site,
         b.step AS other_step
-    FROM kept AS a
+    FROM places AS a
     JOIN lasts AS b ON b.run_id = a.run_id AND b.rank = a.rank AND b.stack = a.stack AND b.n_tokens = a.n_tokens
         AND b.layer = a.layer AND b.site = a.site
     WHERE a.step < b.step AND (a.attempt = b.attempt OR a.probe = b.probe)
@@ -79,7 +63,7 @@ pairs AS (
     WHERE a.run_id < b.run_id AND (a.layer = b.layer OR a.site = 'final')
 ),
 compared AS (
-    SELECT p.*, CAST(list_cosine_similarity(one.gram, two.gram) AS DOUBLE) AS cka
+    SELECT p.*, list_cosine_similarity(CAST(one.gram AS DOUBLE[]), CAST(two.gram AS DOUBLE[])) AS cka
     FROM pairs AS p
     JOIN sketches AS one ON one.run_id = p.run_id AND one.rank = p.rank AND one.attempt = p.attempt
         AND one.stack = p.stack AND one.layer = p.layer AND one.site = p.site AND one.step = p.step

@@ -18,7 +18,7 @@
 --   training_loss [nats]: training loss of the last step with one, up to this step
 -- source: 2/lr for gradient descent, arXiv 2103.00065; (2+2b1)/((1-b1) lr) on the preconditioned Hessian for Adam, arXiv
 --   2207.14484; onset at 0.9 of the threshold, a convention of ours. The threshold stands in the row, so that an
---   estimate is never compared with another operator's. Rows of a launch that a later one overtook are left out.
+--   estimate is never compared with another operator's.
 WITH captures AS (
     SELECT
         run_id, rank, attempt, step, operator, scope, estimator, index, value, threshold, stderr, residual, converged,
@@ -31,21 +31,6 @@ WITH captures AS (
         loss, 0 AS is_estimate
     FROM steps
 ),
-starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM captures
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT c.*
-    FROM captures AS c
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = c.run_id AND later.rank = c.rank
-            AND later.attempt > c.attempt AND later.first_step <= c.step
-    )
-),
 placed AS (
     SELECT
         *,
@@ -53,12 +38,12 @@ placed AS (
             PARTITION BY run_id, rank ORDER BY step, is_estimate
             ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
         ) AS training_loss
-    FROM kept
+    FROM captures
 )
 SELECT
     run_id, rank, attempt, step, operator, scope, estimator, index, value, threshold,
     value / nullif(threshold, 0) AS ratio,
-    value / nullif(threshold, 0) > 0.9 AS at_edge,
+    value / nullif(threshold, 0) > 0.9 AND NOT isnan(value) AS at_edge,
     stderr, residual, converged, training_loss
 FROM placed
 WHERE is_estimate = 1

@@ -24,31 +24,14 @@
 -- source: knock-out by mean and zero ablation, arXiv 2211.00593; many heads can be missed, arXiv 1905.10650; induction
 --   heads, arXiv 2209.11895. Effects do not add up: heads that do the same thing hide each other. A head's last capture
 --   counts, so that captures of some heads at a time are put together.
-WITH effects AS (
-    SELECT * FROM head_effects WHERE effect IS NOT NULL
-),
-effect_starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM effects
-    GROUP BY run_id, rank, attempt
-),
-kept_effects AS (
-    SELECT e.*
-    FROM effects AS e
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM effect_starts AS later
-        WHERE later.run_id = e.run_id AND later.rank = e.rank
-            AND later.attempt > e.attempt AND later.first_step <= e.step
-    )
-),
-ordered_effects AS (
+WITH ordered_effects AS (
     SELECT
         *,
         row_number() OVER (
             PARTITION BY run_id, rank, stack, layer, kind, head, ablation ORDER BY step DESC, time DESC
         ) AS from_last
-    FROM kept_effects
+    FROM head_effects
+    WHERE effect IS NOT NULL
 ),
 last_effects AS (
     SELECT run_id, rank, stack, layer, kind, head, ablation, step, effect, stderr
@@ -57,21 +40,6 @@ last_effects AS (
 ),
 statistics AS (
     SELECT * FROM heads WHERE entropy IS NOT NULL
-),
-statistics_starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM statistics
-    GROUP BY run_id, rank, attempt
-),
-kept_statistics AS (
-    SELECT s.*
-    FROM statistics AS s
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM statistics_starts AS later
-        WHERE later.run_id = s.run_id AND later.rank = s.rank
-            AND later.attempt > s.attempt AND later.first_step <= s.step
-    )
 ),
 paired AS (
     SELECT
@@ -87,7 +55,7 @@ paired AS (
             ORDER BY abs(s.step - e.step), s.step, s.time DESC
         ) AS nearest
     FROM last_effects AS e
-    LEFT JOIN kept_statistics AS s
+    LEFT JOIN statistics AS s
         ON s.run_id = e.run_id AND s.rank = e.rank AND s.stack = e.stack
             AND s.layer = e.layer AND s.kind = e.kind AND s.head = e.head
 ),

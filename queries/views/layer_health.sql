@@ -23,27 +23,12 @@
 WITH measured AS (
     SELECT * FROM layers WHERE rms IS NOT NULL OR nonfinite > 0
 ),
-starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM measured
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT m.*
-    FROM measured AS m
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = m.run_id AND later.rank = m.rank
-            AND later.attempt > m.attempt AND later.first_step <= m.step
-    )
-),
 ordered AS (
     SELECT
         *,
         row_number() OVER (PARTITION BY run_id, rank, stack, layer, site ORDER BY step, time) AS from_first,
         row_number() OVER (PARTITION BY run_id, rank, stack, layer, site ORDER BY step DESC, time DESC) AS from_last
-    FROM kept
+    FROM measured
 ),
 ends AS (
     SELECT
@@ -69,7 +54,7 @@ SELECT
     first_rms,
     rms,
     growth,
-    CASE WHEN last_step > first_step THEN power(growth, 1000.0 / (last_step - first_step)) END AS growth_per_1000_steps,
+    CASE WHEN last_step > first_step THEN power(growth, 1e3 / (last_step - first_step)) END AS growth_per_1000_steps,
     kurtosis,
     absmax,
     outlier_fraction,

@@ -10,9 +10,9 @@
 --   last_row [UTC]: time of the last row
 --   last_step [1]: step that the last launch has reached
 --   last_loss [nats]: mean over ranks of the loss at each rank's last step
---   tokens [tokens]: tokens of all ranks, those of repeated steps included
+--   tokens [tokens]: tokens of all ranks
 --   telemetry_share [1]: share of the wall time that the agent took on the training threads
--- source: definitions of ours.
+-- source: definitions of ours. A step taken again after a restart counts once, as the later launch took it.
 WITH described AS (
     SELECT
         *,
@@ -22,7 +22,7 @@ WITH described AS (
 stepped AS (
     SELECT
         *,
-        row_number() OVER (PARTITION BY run_id, rank ORDER BY attempt DESC, step DESC, time DESC) AS place
+        row_number() OVER (PARTITION BY run_id, rank ORDER BY step DESC, time DESC) AS place
     FROM steps
 ),
 progress AS (

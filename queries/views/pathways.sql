@@ -17,51 +17,30 @@
 --   routes of largest share are listed. There are exponentially many, so that those are followed that stay above 1e-4,
 --   which is all that matters in shallow models, and those that take the strongest edge into each position but for two,
 --   which leaves deep ones the neighbourhood of the main route. Where the graph was cut (see the instrument) a route
---   ends early and is not listed. The cut-offs are conventions of ours. Captures of a launch that a later one overtook
---   are left out.
-WITH RECURSIVE reached AS (
-    SELECT run_id, rank, attempt, step FROM edges
-    UNION ALL
-    SELECT run_id, rank, attempt, step FROM steps
-),
-starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM reached
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT e.*
-    FROM edges AS e
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = e.run_id AND later.rank = e.rank
-            AND later.attempt > e.attempt AND later.first_step <= e.step
-    )
-),
-latest AS (
+--   ends early and is not listed. The cut-offs are conventions of ours.
+WITH RECURSIVE latest AS (
     SELECT run_id, rank, max(step) AS last_step
-    FROM kept
+    FROM edges
     GROUP BY run_id, rank
 ),
 graph AS (
     SELECT
-        k.run_id, k.rank, k.attempt, k.step, k.stack, k.sequence, k.query_position, k.key_position,
-        CAST(k.share AS DOUBLE) AS share,
-        CASE WHEN k.head < 0 THEN 0 ELSE 1 END AS hop,
+        e.run_id, e.rank, e.attempt, e.step, e.stack, e.sequence, e.query_position, e.key_position,
+        CAST(e.share AS DOUBLE) AS share,
+        CASE WHEN e.head < 0 THEN 0 ELSE 1 END AS hop,
         concat(
-            CAST(k.layer AS STRING), '.', CASE WHEN k.head < 0 THEN 'r' ELSE CAST(k.head AS STRING) END
+            CAST(e.layer AS STRING), '.', CASE WHEN e.head < 0 THEN 'r' ELSE CAST(e.head AS STRING) END
         ) AS label,
-        dense_rank() OVER (PARTITION BY k.run_id, k.rank, k.stack, k.sequence ORDER BY k.layer DESC) AS depth,
+        dense_rank() OVER (PARTITION BY e.run_id, e.rank, e.stack, e.sequence ORDER BY e.layer DESC) AS depth,
         CASE
             WHEN row_number() OVER (
-                PARTITION BY k.run_id, k.rank, k.stack, k.sequence, k.layer, k.query_position
-                ORDER BY k.share DESC NULLS LAST, k.head, k.key_position
+                PARTITION BY e.run_id, e.rank, e.stack, e.sequence, e.layer, e.query_position
+                ORDER BY e.share DESC NULLS LAST, e.head, e.key_position
             ) = 1 THEN 0
             ELSE 1
         END AS detour
-    FROM kept AS k
-    JOIN latest AS l ON l.run_id = k.run_id AND l.rank = k.rank AND l.last_step = k.step
+    FROM edges AS e
+    JOIN latest AS l ON l.run_id = e.run_id AND l.rank = e.rank AND l.last_step = e.step
 ),
 bottom AS (
     SELECT run_id, rank, stack, sequence, max(depth) AS last_depth

@@ -27,31 +27,16 @@
 --   run that diverges and a catapult that lands above half. An estimate along a direction (no index) has none: it falls
 --   when the direction turns. Of the preconditioned operator the first 10 steps are left out: Adam's preconditioner begins
 --   at a tenth of the first gradient, so that its curvature falls before anything sharpens.
-WITH starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM steps
-    GROUP BY run_id, rank, attempt
-),
-losses AS (
-    SELECT s.run_id, s.rank, s.step, s.loss
-    FROM steps AS s
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = s.run_id AND later.rank = s.rank
-            AND later.attempt > s.attempt AND later.first_step <= s.step
-    )
-),
-timeline AS (
+WITH timeline AS (
     SELECT
         run_id, rank, attempt, step, operator, scope, estimator, index, value, threshold, ratio, training_loss,
         CAST(NULL AS DOUBLE) AS loss, 1 AS is_estimate
     FROM edge_of_stability
-    WHERE coalesce(index, 0) = 0 AND ratio IS NOT NULL AND NOT isnan(ratio)
+    WHERE coalesce(index, 0) = 0 AND abs(ratio) < CAST('Infinity' AS DOUBLE)
         AND (operator <> 'preconditioned' OR step > 10)
     UNION ALL
     SELECT run_id, rank, NULL, step, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, loss, 0 AS is_estimate
-    FROM losses
+    FROM steps
     WHERE loss IS NOT NULL
 ),
 with_losses AS (

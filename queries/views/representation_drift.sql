@@ -23,24 +23,8 @@
 --   nonfinite [1]: tokens with NaN or infinite entries, left out of the other columns
 -- source: effective rank, Roy & Vetterli 2007; debiased CKA, arXiv 1905.00414; mutual nearest neighbours, arXiv
 --   2405.07987, with chance beside them as arXiv 2602.14486 asks. Layers settle from the bottom up in arXiv 1706.05806.
---   Rows of a launch that a later one overtook are left out; CKA and neighbours are compared within a launch. Changes
---   are NULL where there are not as many tokens as at first.
-WITH starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM representations
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT r.*
-    FROM representations AS r
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = r.run_id AND later.rank = r.rank
-            AND later.attempt > r.attempt AND later.first_step <= r.step
-    )
-),
-beside AS (
+--   CKA and neighbours are compared within a launch. Changes are NULL where there are not as many tokens as at first.
+WITH beside AS (
     SELECT
         *,
         first_value(CAST(participation_ratio AS DOUBLE)) OVER (
@@ -52,7 +36,7 @@ beside AS (
         first_value(n_tokens - nonfinite) OVER (
             PARTITION BY run_id, rank, stack, layer, site ORDER BY step, time
         ) AS tokens_at_first
-    FROM kept
+    FROM representations
 )
 SELECT
     run_id, rank, attempt, stack, layer, site, step, n_tokens,

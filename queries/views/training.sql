@@ -12,23 +12,7 @@
 --   tokens_so_far [tokens]: tokens this rank saw up to and with this step
 --   tokens_per_second [tokens/s]: tokens of the step over its wall time
 --   telemetry_share [1]: share of the step's wall time that the agent took on the training thread
--- source: definitions of ours. A step taken again after a restart counts once, as the later launch took it, and
---   steps of an earlier launch past the point where a later one took over are left out.
-WITH starts AS (
-    SELECT run_id, rank, attempt, min(step) AS first_step
-    FROM steps
-    GROUP BY run_id, rank, attempt
-),
-kept AS (
-    SELECT s.*
-    FROM steps AS s
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM starts AS later
-        WHERE later.run_id = s.run_id AND later.rank = s.rank
-            AND later.attempt > s.attempt AND later.first_step <= s.step
-    )
-)
+-- source: definitions of ours. A step taken again after a restart counts once, as the later launch took it.
 SELECT
     run_id,
     rank,
@@ -46,5 +30,5 @@ SELECT
     ) AS BIGINT) AS tokens_so_far,
     CAST(tokens AS DOUBLE) / nullif(seconds, 0) AS tokens_per_second,
     telemetry_seconds / nullif(seconds, 0) AS telemetry_share
-FROM kept
+FROM steps
 ORDER BY run_id, rank, step, time

@@ -9,17 +9,18 @@ Nothing heavy is imported before a command runs: `lmt --help` costs what Python 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli import curvature, demo, runs, sql, views
+from lm_telemetry.cli import compact, curvature, demo, describe, diff, du, fit, output, runs, sql, verify, views
 from lm_telemetry.errors import QueryError, TelemetryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = (sql, views, runs, curvature, demo)
+COMMANDS = (sql, views, describe, runs, diff, fit, du, compact, verify, curvature, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lmt",
         description="Ask what a training run recorded: telemetry of language models.",
-        epilog="exit codes: 0 done; 1 no such store or file; 2 wrong command line or query",
+        epilog="exit codes: 0 done; 1 the store is not as needed; 2 wrong command line or query; 130 interrupted",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -38,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a box is no reason to fail where there is only ASCII
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -51,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes standard output once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except UnicodeError as error:
+        return _complain(error, 1)
     return code
 
 
-def _complain(error: TelemetryError, code: int) -> int:
-    print(f"lmt: {error}", file=sys.stderr)
+def _complain(error: Exception, code: int) -> int:
+    print(f"lmt: {output.printable(str(error))}", file=sys.stderr)
     return code

@@ -1,15 +1,23 @@
 """Answers of a query in the formats of the command line: a box for people; CSV, JSON and Parquet for programs.
 
 NULL is an empty field in CSV and `null` in JSON. JSON has no NaN: there it becomes the word `NaN`, and infinities
-`Infinity` and `-Infinity`. Rows are streamed, so that an answer may be larger than memory.
+`Infinity` and `-Infinity`. Rows of all but the box are streamed, so that an answer may be larger than memory.
+
+Whoever named a run or wrote an event may have put escape sequences into it, which tell a terminal to do things. So
+control characters are spelled out in the box, in messages, in JSON (where that changes nothing), and in CSV that goes
+to a terminal.
+
+Only what is streamed takes pyarrow; the box is drawn by DuckDB.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +28,7 @@ from lm_telemetry.errors import QueryError, StoreError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     import duckdb
     import pyarrow as pa
@@ -28,6 +36,9 @@ if TYPE_CHECKING:
 FORMATS = ("table", "csv", "json", "parquet")
 DEFAULT_STORE = "telemetry-store"
 STORE_VARIABLE = "LM_TELEMETRY_STORE"
+
+_CONTROL = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What JSON does not escape by itself and a terminal may obey: C1 controls, and marks that turn the direction."""
 
 _UNBOUNDED = (100_000, 100_000)
 """Columns and lines when the output is no terminal."""
@@ -55,6 +66,48 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def one_line(text: str) -> str:
+    """`text` for a terminal: control characters of a name, which may be escape sequences, as they are spelled."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(text: str) -> str:
+    """`text` of several lines, each as `one_line` has it; a tab is one space, so that columns stay in line."""
+    return "\n".join(map(one_line, text.replace("\t", " ").split("\n")))
+
+
+def table_of(
+    connection: duckdb.DuckDBPyConnection,
+    columns: Mapping[str, str],
+    rows: Sequence[Sequence[Any]],
+    query: str = "FROM found",
+) -> duckdb.DuckDBPyRelation:
+    """Rows that are not in the store, as a relation.
+
+    Args:
+        connection: where to make it.
+        columns: SQL types of the columns, by name.
+        rows: values in that order.
+        query: what to do with the rows, which are the table `found` in it.
+    """
+    found = ", ".join(f'unnest(CAST(? AS {type_}[])) AS "{name}"' for name, type_ in columns.items())
+    params = [[row[i] for row in rows] for i in range(len(columns))]
+    return connection.sql(f"WITH found AS (SELECT {found}) {query}", params=params)
+
+
+def size(n_bytes: float | None) -> str | None:
+    """A number of bytes as people read it: `3.1 MB`."""
+    if n_bytes is None:
+        return None
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
 def write(relation: duckdb.DuckDBPyRelation, arguments: argparse.Namespace) -> None:
     """Write the rows of `relation` as `--format` and `-o` say.
 
@@ -74,29 +127,40 @@ def write(relation: duckdb.DuckDBPyRelation, arguments: argparse.Namespace) -> N
 
 def _table(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     if relation.columns == ["explain_key", "explain_value"]:
-        file.writelines(f"{plan}\n" for _, plan in _rows(relation))
+        file.writelines(f"{printable(plan)}\n" for _, plan in relation.fetchall())
         return
     width, height = shutil.get_terminal_size(_UNBOUNDED)
-    with redirect_stdout(file):
+    with redirect_stdout(io.StringIO()) as box:
         # Head, types, count and the prompt take some ten lines.
         relation.show(max_width=max(40, width), max_rows=max(10, height - 10))
+    file.write(printable(box.getvalue()))
 
 
 def _csv(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(relation.columns)
+    shown = one_line if file.isatty() else str
+    writer.writerow(map(shown, relation.columns))
     for row in _rows(relation):
-        writer.writerow([_field(value) for value in row])
+        writer.writerow([shown(_field(value)) for value in row])
 
 
 def _json(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     names = relation.columns
     separator = "["
     for row in _rows(relation):
-        document = dict(zip(names, map(_plain, row), strict=True))
-        file.write(f"{separator}\n{json.dumps(document, ensure_ascii=False, default=str)}")
+        document = dict(zip(names, map(plain, row), strict=True))
+        file.write(f"{separator}\n{to_json(document)}")
         separator = ","
     file.write("[]\n" if separator == "[" else "\n]\n")
+
+
+def to_json(document: Any) -> str:
+    """A document that `plain` has gone over, in one line without control characters."""
+    return _CONTROL.sub(_escaped, json.dumps(document, ensure_ascii=False, default=str))
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f"\\u{ord(character[0]):04x}"
 
 
 def _parquet(relation: duckdb.DuckDBPyRelation, file: IO[bytes]) -> None:
@@ -120,16 +184,16 @@ def _batches(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
     return pa.RecordBatchReader.from_stream(relation)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, dict):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value
 
 
@@ -138,8 +202,8 @@ def _field(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    plain = _plain(value)
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, default=str)
+    known = plain(value)
+    return known if isinstance(known, str) else json.dumps(known, ensure_ascii=False, default=str)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""`lmt sql "QUERY"`: any question in DuckDB's SQL, of a store that the query cannot change."""
+"""`lmt sql ["QUERY"]`: any question in DuckDB's SQL, of a store that the query cannot change.
+
+A query sees the store and nothing else of this computer, unless `--allow-external` is given; even then it only reads.
+Without a query, at a terminal, a shell asks for one after the other (`shell`); otherwise standard input is the query.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
     import duckdb
 
+    from lm_telemetry.queries import Connection
+
 _READING = frozenset({"SELECT", "MULTI", "EXPLAIN"})
 """Kinds of statements that only read; `MULTI` is PIVOT."""
 
@@ -24,43 +30,62 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command."""
     parser = commands.add_parser(
         "sql",
-        help="ask the store a question in SQL",
-        description="Ask the store a question in DuckDB's SQL. Tables and views: `lmt views`, or SHOW TABLES.",
+        help="ask the store questions in SQL",
+        description="Ask the store questions in DuckDB's SQL. Tables and views: `lmt views`, `lmt describe`.",
     )
-    parser.add_argument("query", metavar="QUERY", help="the question; - reads it from standard input")
+    parser.add_argument(
+        "query", nargs="?", metavar="QUERY", help="the question; - reads it from standard input, none opens a shell"
+    )
     output.add_options(parser)
+    parser.add_argument(
+        "--allow-external", action="store_true", help="let the query read files outside the store and load extensions"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer; QueryError if the query is wrong or would write."""
-    from lm_telemetry.queries import connect
+    if arguments.query is None and sys.stdin.isatty():
+        from lm_telemetry.cli.shell import Shell
 
-    query = sys.stdin.read() if arguments.query == "-" else arguments.query
-    connection = connect(arguments.store)
-    connection.confine()
-    import duckdb
-
-    try:
-        relation = answer(connection, query)
-        output.write(relation, arguments)
-    except duckdb.Error as error:
-        raise QueryError(str(error).strip()) from error
+        if arguments.output:
+            raise QueryError("-o FILE takes the answer to one query: give it, or leave -o out to open a shell")
+        Shell(open_store(arguments), arguments).loop()
+        return 0
+    query = sys.stdin.read() if arguments.query in {None, "-"} else arguments.query
+    answer(open_store(arguments), query, arguments)
     return 0
 
 
-def answer(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
-    """The relation of the one reading statement in `query`.
+def open_store(arguments: argparse.Namespace) -> Connection:
+    """A connection for queries that somebody has typed."""
+    from lm_telemetry.queries import connect
+
+    connection = connect(arguments.store)
+    if arguments.allow_external:
+        connection.execute("SET python_enable_replacements = false")  # a table is no variable of ours
+    else:
+        connection.confine()
+    return connection
+
+
+def answer(connection: Connection, query: str, arguments: argparse.Namespace) -> None:
+    """Write the answer to the one reading statement in `query`.
 
     Raises:
-        QueryError: there is no statement, more than one, or one that does more than read.
-        duckdb.Error: it is not SQL, or asks for what is not there.
+        QueryError: it is not SQL, asks for what is not there, or is not one statement that only reads.
     """
-    statements = connection.extract_statements(query)
-    if len(statements) != 1:
-        raise QueryError(f"expected one SQL statement, got {len(statements)}")
-    _require_reading(connection, query)
-    return connection.sql(query)
+    from lm_telemetry.cli.asking import interruptible
+    from lm_telemetry.cli.hints import understood
+
+    if query.encode(errors="replace").decode() != query:  # bytes that are no text come as lone surrogates
+        raise QueryError("a query is text in UTF-8, and this is not")
+    with interruptible(connection), understood(connection, query):
+        statements = connection.extract_statements(query)
+        if len(statements) != 1:
+            raise QueryError(f"expected one SQL statement, got {len(statements)}")
+        _require_reading(connection, query)
+        output.write(connection.sql(query), arguments)
 
 
 def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:

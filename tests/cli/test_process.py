@@ -1,8 +1,11 @@
 """The command line from outside: a process, its pipes, and what it loads."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -38,8 +41,14 @@ def test_a_reader_that_has_gone_is_not_an_error_to_shout_about(store, format_, r
     [
         (["--help"], {"torch", "transformers", "duckdb", "pyarrow", "numpy"}),
         (["views"], {"torch", "transformers", "numpy", "pandas"}),
-        (["sql", "SELECT 1"], {"torch", "transformers"}),
-        (["runs"], {"torch", "transformers"}),
+        (
+            ["sql", "SELECT 1"],
+            {"torch", "transformers", "pyarrow", "numpy", "pandas", "readline", "lm_telemetry.store"},
+        ),
+        (["sql", "FROM training"], {"torch", "transformers", "pyarrow", "numpy", "pandas"}),
+        (["describe", "steps"], {"torch", "transformers", "pyarrow", "numpy", "pandas"}),
+        (["du"], {"torch", "transformers", "pyarrow", "numpy", "pandas"}),
+        (["runs"], {"torch", "transformers", "pandas"}),
     ],
 )
 def test_commands_load_no_more_than_they_need(store, words, unwanted):
@@ -54,3 +63,38 @@ def test_commands_load_no_more_than_they_need(store, words, unwanted):
         [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stderr == "[] 0\n"
+
+
+def test_a_query_is_piped_in(store):
+    words = ["sql", "--format", "csv", "--store", str(store.path)]
+    done = subprocess.run([*LMT, *words], input=b"SELECT count(*) AS n FROM steps", capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"n\n3\n", b"")
+
+
+def test_bytes_that_are_no_text_are_refused(store):
+    done = subprocess.run([*LMT, "sql", b"SELECT '\xff'", "--store", str(store.path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "lmt: a query is text in UTF-8, and this is not\n"
+
+
+def test_a_box_is_drawn_where_there_is_only_ascii(store):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*LMT, "runs", "--store", str(store.path)], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"first" in done.stdout
+
+
+def test_ctrl_c_ends_a_query_that_would_take_days(store):
+    query = "SELECT sum(a.range * b.range) FROM range(100000000) AS a, range(100000000) AS b"
+    running = subprocess.Popen([*LMT, "sql", query, "--store", str(store.path)], stderr=subprocess.PIPE)
+    # It is at work when it has taken more time than it takes to begin.
+    while os.sysconf("SC_CLK_TCK") * 1 > cpu_ticks(running.pid):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=30)
+    assert (running.returncode, error) == (130, b"")
+
+
+def cpu_ticks(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
-from lm_telemetry.queries import connect
+import planted
+import pytest
 
 approx = pytest.approx
 
 
 @pytest.fixture
 def ask(store):
-    def answer(query):
-        relation = connect(store.path).sql(query)
-        return [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
-
-    return answer
+    return partial(planted.ask, store)
 
 
 @pytest.fixture
-def effect(put):
+def effect(store):
     def write(step, head, value, *, stderr=0.5, layer=0, kind="self", ablation="mean", **where):
         columns = {"stack": "decoder", "layer": layer, "kind": kind, "head": head, "ablation": ablation}
-        columns |= {"effect": value, "stderr": stderr}
-        put("head_effects", step, **{name: [v] for name, v in columns.items()}, **where)
+        columns |= {"step": step, "effect": value, "stderr": stderr}
+        planted.plant(store, "head_effects", [columns], **where)
 
     return write
 
 
 @pytest.fixture
-def attention(put):
+def attention(store):
     def write(step, head, score, *, layer=0, kind="self", entropy=1.0, **where):
         columns = {"stack": "decoder", "layer": layer, "kind": kind, "head": head}
-        columns |= {"induction_score": score, "prev_token_mass": 0.25, "entropy": entropy}
-        put("heads", step, **{name: [v] for name, v in columns.items()}, **where)
+        columns |= {"step": step, "induction_score": score, "prev_token_mass": 0.25, "entropy": entropy}
+        planted.plant(store, "heads", [columns], **where)
 
     return write
 
@@ -89,7 +86,9 @@ def test_statistics_are_those_of_the_nearest_step(effect, attention, ask):
     ]
 
 
-def test_the_launch_that_took_over_counts(effect, attention, ask):
+def test_the_launch_that_took_over_counts(store, effect, attention, ask):
+    for attempt, step in ((0, 1), (1, 100)):
+        planted.plant(store, "steps", [{"step": step}], attempt=attempt)
     effect(200, 0, 9.0)
     effect(100, 0, 1.0, attempt=1)
     attention(120, 0, 0.75)  # of the launch that failed, beyond where the next one began

@@ -6,41 +6,39 @@ import itertools
 import math
 import random
 
+import planted
 import pytest
-
-from lm_telemetry.queries import connect
 
 RESIDUAL = -1
 
 
 @pytest.fixture
-def plant(put):
+def plant(store):
     """`plant({(layer, query, head, key): share}, step=...)` stores a graph."""
 
     def write(graph, step=10, *, sequence=0, stack="decoder", **where):
-        layers, queries, heads, keys = zip(*graph, strict=True)
-        residual = [head == RESIDUAL for head in heads]
-        put(
-            "edges",
-            step,
-            stack=[stack] * len(graph),
-            sequence=[sequence] * len(graph),
-            layer=layers,
-            head=heads,
-            query_position=queries,
-            key_position=keys,
-            mass=[None if r else 0.5 for r in residual],
-            flow=[1.0] * len(graph),
-            share=list(graph.values()),
-            **where,
-        )
+        rows = [
+            {
+                "step": step,
+                "stack": stack,
+                "sequence": sequence,
+                "layer": layer,
+                "head": head,
+                "query_position": query,
+                "key_position": key,
+                "mass": None if head == RESIDUAL else 0.5,
+                "flow": 1.0,
+                "share": share,
+            }
+            for (layer, query, head, key), share in graph.items()
+        ]
+        planted.plant(store, "edges", rows, **where)
 
     return write
 
 
 def routes(store, where="true"):
-    relation = connect(store.path).sql(f"SELECT * FROM pathways WHERE {where}")
-    return [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
+    return planted.ask(store, f"SELECT * FROM pathways WHERE {where}")
 
 
 TWO_LAYERS = {
@@ -72,7 +70,7 @@ def test_a_planted_graph(plant, store):
     }
 
 
-def test_the_last_capture_of_the_surviving_launch(plant, put, store):
+def test_the_last_capture_of_the_surviving_launch(plant, store):
     def single(share):
         return {(0, 1, RESIDUAL, 1): share}
 
@@ -81,7 +79,8 @@ def test_the_last_capture_of_the_surviving_launch(plant, put, store):
     plant(single(0.3), 30)
     plant(single(0.4), 20, run_id="other")
     plant(single(0.5), 20, rank=1)
-    put("steps", 25, attempt=1, loss=[1.0])  # resumed before step 30, and has captured no graph yet
+    for attempt, step in ((0, 1), (1, 25)):  # resumed before step 30, and has captured no graph yet
+        planted.plant(store, "steps", [{"step": step}], attempt=attempt)
     found = {(r["run_id"], r["rank"]): (r["step"], r["share"]) for r in routes(store)}
     assert found == {
         ("r", 0): (20, pytest.approx(0.2)),

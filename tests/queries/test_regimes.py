@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import planted
 import pytest
 
 from lm_telemetry.queries import connect
@@ -161,11 +162,17 @@ def test_series_are_kept_apart(plant, labels, ask):
     assert list(labels("operator = 'preconditioned'")) == [20, 30]
 
 
-def test_an_overtaken_launch_is_left_out(put, plant, labels):
-    losses(put, RISE_AND_FALL)
-    plant(FALLING_SHARPNESS)
-    put("steps", 3, attempt=1, loss=[2.0])
-    plant(dict.fromkeys((3, 4, 5), 50.0), attempt=1)
+def test_an_overtaken_launch_is_left_out(store, labels):
+    def launch(attempt, losses, values):
+        estimate = {"operator": "hessian", "scope": "all", "estimator": "lanczos", "index": 0, "threshold": 100.0}
+        planted.plant(store, "steps", [{"step": s, "loss": loss} for s, loss in losses.items()], attempt=attempt)
+        planted.plant(
+            store, "curvature", [{"step": s, "value": v} | estimate for s, v in values.items()], attempt=attempt
+        )
+
+    launch(0, RISE_AND_FALL, FALLING_SHARPNESS)
+    assert CATAPULT in labels().values()
+    launch(1, {3: 2.0}, dict.fromkeys((3, 4, 5), 50.0))
     # The loss peaked in a launch that was given up at step 3.
     assert labels() == dict.fromkeys((1, 2), EDGE) | dict.fromkeys((3, 4, 5), BELOW)
 

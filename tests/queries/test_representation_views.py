@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
-from lm_telemetry.queries import connect
+import planted
+import pytest
 
 approx = pytest.approx
 
 
 @pytest.fixture
 def ask(store):
-    def answer(query):
-        relation = connect(store.path).sql(query)
-        return [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
-
-    return answer
+    return partial(planted.ask, store)
 
 
 @pytest.fixture
-def form(put):
+def form(store):
     """`form(step, ...)` writes one row of `representations`."""
 
     def write(step, *, attempt=0, **columns):
         base = {"stack": "decoder", "layer": 0, "site": "resid", "n_tokens": 101, "nonfinite": 0, "neighbours": 10}
-        put("representations", step, attempt=attempt, **{n: [v] for n, v in (base | columns).items()})
+        planted.plant(store, "representations", [{"step": step} | base | columns], attempt=attempt)
 
     return write
 
 
 @pytest.fixture
-def sketched(put):
+def sketched(store):
     """`sketched(step, gram, ...)` writes one sketch."""
 
     def write(step, gram, *, layer=0, site="resid", stack="decoder", n_tokens=3, **where):
-        put("sketches", step, stack=[stack], layer=[layer], site=[site], n_tokens=[n_tokens], gram=[gram], **where)
+        place = {"step": step, "stack": stack, "layer": layer, "site": site, "n_tokens": n_tokens}
+        planted.plant(store, "sketches", [place | {"gram": gram}], **where)
 
     return write
 
@@ -66,7 +64,9 @@ def test_drift_does_not_compare_unequal_tokens(form, ask):
     ]  # fmt: skip
 
 
-def test_drift_leaves_out_an_overtaken_launch(form, ask):
+def test_drift_leaves_out_an_overtaken_launch(store, form, ask):
+    for attempt, step in ((0, 1), (1, 10)):
+        planted.plant(store, "steps", [{"step": step}], attempt=attempt)
     for step, attempt in ((1, 0), (10, 0), (20, 0), (10, 1), (30, 1)):
         form(step, attempt=attempt, effective_rank=1.0 + attempt)
     assert [(r["attempt"], r["step"], r["rank_change"]) for r in ask("FROM representation_drift")] == [
@@ -102,16 +102,16 @@ def test_cka_between_steps_is_with_the_last(sketched, ask):
     assert [(r["step"], r["other_step"], r["cka"]) for r in found] == [(1, 20, 0), (10, 20, approx(0.8))]
 
 
-def test_cka_between_steps_across_a_restart_needs_the_same_probe(sketched, put, ask):
+def test_cka_between_steps_across_a_restart_needs_the_same_probe(store, sketched, ask):
     for attempt, probe in ((0, "a"), (1, "b"), (2, "b")):
-        put("runs", 0, attempt=attempt, probe_sha256=[probe])
+        planted.plant(store, "runs", [{"step": 0, "probe_sha256": probe}], attempt=attempt)
         sketched(10 * attempt + 1, [1.0, 1.0], attempt=attempt)
     assert [(r["step"], r["other_step"]) for r in ask("FROM cka")] == [(11, 21)]
 
 
-def test_cka_between_runs_needs_the_same_probe(sketched, put, ask):
+def test_cka_between_runs_needs_the_same_probe(store, sketched, ask):
     for run_id, probe in (("a", "x"), ("b", "x"), ("c", "y"), ("d", None), ("e", None)):
-        put("runs", 0, run_id=run_id, probe_sha256=[probe])
+        planted.plant(store, "runs", [{"step": 0, "probe_sha256": probe}], run_id=run_id)
         sketched(5, [3.0, 4.0] if run_id == "a" else [4.0, 3.0], run_id=run_id)
     sketched(5, [1.0, 0.0], run_id="a", layer=2, site="final")
     sketched(7, [2.0, 0.0], run_id="b", layer=4, site="final")  # a deeper model
@@ -122,7 +122,9 @@ def test_cka_between_runs_needs_the_same_probe(sketched, put, ask):
     ]
 
 
-def test_cka_leaves_out_an_overtaken_launch_and_what_has_no_direction(sketched, ask):
+def test_cka_leaves_out_an_overtaken_launch_and_what_has_no_direction(store, sketched, ask):
+    for attempt, step in ((0, 1), (1, 3)):
+        planted.plant(store, "steps", [{"step": step}], attempt=attempt)
     sketched(5, [1.0, 0.0], attempt=0)
     sketched(3, [0.0, 0.0], attempt=1)
     sketched(4, [1.0, 1.0], attempt=1)

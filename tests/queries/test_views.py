@@ -3,6 +3,7 @@
 import math
 from datetime import UTC, datetime, timedelta
 
+import planted
 import pytest
 
 from lm_telemetry.queries import connect
@@ -42,12 +43,12 @@ def test_training_keeps_runs_and_ranks_apart(put, ask):
     ] == [("a", 0, 1.0, 1), ("a", 1, 3.0, 1), ("b", 0, 5.0, 1)]
 
 
-def test_training_follows_the_launch_that_took_over(put, ask):
+def test_training_follows_the_launch_that_took_over(store, ask):
     # Attempt 0 went to step 6; 1 resumed at 4 and fell at 5; 2 resumed at 5. Rank 1 was never resumed.
     for attempt, steps in ((0, range(1, 7)), (1, range(4, 6)), (2, range(5, 8))):
-        for step in steps:
-            put("steps", step, attempt=attempt, loss=[10.0 * attempt + step], tokens=[1])
-    put("steps", 6, rank=1, loss=[0.0], tokens=[1])
+        rows = [{"step": step, "loss": 10.0 * attempt + step, "tokens": 1} for step in steps]
+        planted.plant(store, "steps", rows, attempt=attempt)
+    planted.plant(store, "steps", [{"step": 6, "loss": 0.0, "tokens": 1}], rank=1)
     rows = ask("FROM training WHERE rank = 0")
     assert [row["loss"] for row in rows] == [1, 2, 3, 14, 25, 26, 27]
     assert rows[-1]["tokens_so_far"] == 7
@@ -82,14 +83,26 @@ def test_edge_of_stability_compares_like_with_like(put, ask):
     ]
 
 
-def test_edge_of_stability_leaves_out_an_overtaken_launch(put, ask):
-    estimate = {"operator": ["hessian"], "scope": ["all"], "estimator": ["critical"], "threshold": [1.0]}
-    put("curvature", 50, attempt=0, value=[0.5], **estimate)
-    put("steps", 41, attempt=1, loss=[3.0])
-    put("curvature", 100, attempt=1, value=[0.7], **estimate)
+def test_edge_of_stability_leaves_out_an_overtaken_launch(store, ask):
+    def estimates(values, attempt):
+        about = {"operator": "hessian", "scope": "all", "estimator": "critical", "threshold": 1.0}
+        planted.plant(store, "curvature", [{"step": s, "value": v} | about for s, v in values.items()], attempt=attempt)
+
+    planted.plant(store, "steps", [{"step": 40, "loss": 4.0}, {"step": 60, "loss": 9.0}])
+    estimates({40: 0.4, 50: 0.5}, 0)
+    planted.plant(store, "steps", [{"step": 41, "loss": 3.0}], attempt=1)
+    estimates({100: 0.7}, 1)
     assert [(row["step"], row["value"], row["training_loss"]) for row in ask("FROM edge_of_stability")] == [
-        (100, 0.7, 3.0)
+        (40, 0.4, 4.0),
+        (100, 0.7, 3.0),
     ]
+
+
+def test_an_estimate_that_is_no_number_is_not_at_the_edge(put, ask):
+    put("curvature", 1, operator=["hessian"], estimator=["critical"], value=[float("nan")], threshold=[1.0])
+    (row,) = ask("FROM edge_of_stability")
+    assert math.isnan(row["ratio"])
+    assert row["at_edge"] is False
 
 
 def heads(**columns):
@@ -192,28 +205,21 @@ def test_layer_health_measures_growth(put, ask):
     assert (once["growth"], once["growth_per_1000_steps"]) == (1.0, None)
 
 
-def test_overview_tells_how_far_runs_got(put, ask):
-    put("runs", 0, run_id="a", model_class=["Llama"], n_parameters=[7], optimizer=["AdamW"])
-    put("runs", 2, run_id="a", attempt=1, model_class=["Llama"], n_parameters=[7], optimizer=["SGD"])
+def test_overview_tells_how_far_runs_got(store, ask):
+    about = {"model_class": "Llama", "n_parameters": 7}
+    planted.plant(store, "runs", [{"step": 0, "optimizer": "AdamW"} | about], run_id="a")
+    planted.plant(store, "runs", [{"step": 3, "optimizer": "SGD"} | about], run_id="a", attempt=1)
+    took = {"tokens": 100, "seconds": 1.0}
     for rank, loss in ((0, 1.0), (1, 2.0)):
-        put("steps", 3, run_id="a", rank=rank, loss=[9.0], tokens=[100], seconds=[1.0], telemetry_seconds=[0.02])
-        put(
-            "steps",
-            2,
-            run_id="a",
-            rank=rank,
-            attempt=1,
-            loss=[loss],
-            tokens=[100],
-            seconds=[1.0],
-            telemetry_seconds=[0.0],
-        )
-    put("steps", 5, run_id="b", loss=[4.0])
+        for attempt, steps in ((0, {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}), (1, {3: loss})):
+            rows = [{"step": s, "loss": x, "telemetry_seconds": 0.01 * s} | took for s, x in steps.items()]
+            planted.plant(store, "steps", rows, run_id="a", rank=rank, attempt=attempt)
+    planted.plant(store, "steps", [{"step": 5, "loss": 4.0}], run_id="b")
     a, b = ask("FROM overview ORDER BY run_id")
     assert a == {
         "run_id": "a", "model_class": "Llama", "n_parameters": 7, "optimizer": "SGD", "attempts": 2, "ranks": 2,
         "began": EPOCH, "last_row": EPOCH + timedelta(seconds=3),
-        "last_step": 2, "last_loss": 1.5, "tokens": 400, "telemetry_share": approx(0.01),
+        "last_step": 3, "last_loss": 1.5, "tokens": 600, "telemetry_share": approx(0.02),
     }  # fmt: skip
     assert (b["model_class"], b["attempts"], b["ranks"], b["last_step"], b["last_loss"]) == (None, 1, 1, 5, 4.0)
     assert b["began"].replace(tzinfo=UTC).timestamp() == 5

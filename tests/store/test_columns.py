@@ -23,6 +23,7 @@ VALUES = {
     pa.float32(): st.floats(width=32),
     pa.float64(): st.floats(),
     pa.string(): st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    pa.list_(pa.int32()): st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4),
     pa.list_(pa.float32()): st.lists(st.floats(width=32), max_size=4),
 }
 

@@ -71,10 +71,25 @@ SUBJECTS = {
 }
 """How often a table is captured, in steps, and of what."""
 
-_SHARES = frozenset(
-    "normalized_entropy sink_mass prev_token_mass local_mass induction_score top1_mass zero_fraction outlier_fraction"
-    " gini heavy_share share mass anisotropy cka_previous cka_first knn_previous knn_first".split()
-)
+_SHARES = {
+    "normalized_entropy",
+    "sink_mass",
+    "prev_token_mass",
+    "local_mass",
+    "induction_score",
+    "top1_mass",
+    "share",
+    "mass",
+    "zero_fraction",
+    "outlier_fraction",
+    "gini",
+    "heavy_share",
+    "anisotropy",
+    "cka_previous",
+    "cka_first",
+    "knn_previous",
+    "knn_first",
+}
 _COUNTS = {
     "nonfinite": lambda draw, _: draw.choice((0, 0, 0, 0, 2)),
     "n_induction": lambda *_: 64,

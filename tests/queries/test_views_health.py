@@ -1,0 +1,188 @@
+"""The views of layers, cost, pairs of runs and events on planted rows whose answers are known."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+
+import numpy as np
+import planted
+import pytest
+from planted import START, by
+
+approx = pytest.approx
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.fixture
+def plant(store):
+    return partial(planted.plant, store)
+
+
+@pytest.fixture
+def ask(store):
+    return partial(planted.ask, store)
+
+
+def layer(step, rms, *, index=0, zero_fraction=0.0, nonfinite=0):
+    place = {"stack": "decoder", "layer": index, "site": "resid"}
+    return {"step": step, "rms": rms, "zero_fraction": zero_fraction, "nonfinite": nonfinite} | place
+
+
+# -- dead layers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_explodes_has_its_rate(plant, ask):
+    at = np.arange(10, 410, 10)
+    logs = 0.01 * at + np.random.default_rng(0).normal(0, 0.05, len(at))
+    plant("layers", [layer(int(s), float(np.exp(y))) for s, y in zip(at, logs, strict=True)])
+    plant("layers", [layer(int(s), 1.0, index=1) for s in at])
+    (row,) = ask("FROM dead_layers")
+    (slope, _), covariance = np.polyfit(at, logs, 1, cov=True)
+    assert (row["layer"], row["problem"], row["captures_in_all"], row["is_present"]) == (0, "exploding", 40, True)
+    assert (row["trend"], row["trend_stderr"]) == (approx(slope, rel=1e-4), approx(covariance[0, 0] ** 0.5, rel=1e-3))
+    first_above = at[logs > logs[0] + np.log(10)]
+    assert (row["since_step"], row["captures"]) == (first_above[0], len(first_above))
+    assert row["rms"] / row["first_rms"] == approx(np.exp(logs[-1] - logs[0]), rel=1e-5)
+
+
+def test_a_layer_that_vanishes_dies_after_it(plant, ask):
+    plant("layers", [layer(100 * i, 10.0 ** -(i - 1)) for i in range(1, 10)])
+    found = by(ask("FROM dead_layers"), "problem")
+    # 1, .1, .01, ...: in float32 a tenth is a hair above .1, and a millionth below 1e-6.
+    assert {p: (r["since_step"], r["captures"], r["is_present"]) for p, r in found.items()} == {
+        "vanishing": (300, 7, True),
+        "dead": (700, 3, True),
+    }
+    assert found["dead"]["trend"] == approx(-np.log(10) / 100, rel=1e-6)
+    assert found["dead"]["trend_stderr"] == approx(0.0, abs=1e-8)
+
+
+def test_zeros_and_nonfinite_entries_are_told_with_their_steps(plant, ask):
+    shares = {10: 0.2, 20: 0.9995, 30: 1.0, 40: NAN, 50: 0.3}
+    plant("layers", [layer(s, 1.0, zero_fraction=z) for s, z in shares.items()], run_id="zeros")
+    plant(
+        "layers", [layer(s, None if n else 2.0, nonfinite=n) for s, n in ((1, 5), (2, 0), (3, 7))], run_id="nan", rank=3
+    )
+    plant("layers", [layer(1, INFINITY), layer(2, NAN), layer(3, None), layer(4, 0.0)], run_id="odd")
+    found = by(ask("FROM dead_layers"), "run_id", "problem")
+    chosen = {k: (r["rank"], r["since_step"], r["last_step"], r["captures"], r["is_present"]) for k, r in found.items()}
+    assert chosen == {
+        ("zeros", "dead"): (0, 20, 30, 2, False),
+        ("nan", "nonfinite"): (3, 1, 3, 2, True),
+        ("odd", "dead"): (0, 4, 4, 1, True),
+    }
+    assert (found["nan", "nonfinite"]["first_rms"], found["nan", "nonfinite"]["nonfinite"]) == (2.0, 12)
+    assert found["odd", "dead"]["trend"] is None
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_cost_by_part_against_the_budget(plant, ask):
+    plant("runs", [{"step": 0, "max_overhead": 0.5}])
+    plant("runs", [{"step": 2, "max_overhead": 0.01}], attempt=1)
+    for rank, seconds in ((0, 0.04), (1, 0.02)):
+        plant("steps", [{"step": s, "seconds": 2.0, "telemetry_seconds": seconds} for s in (1, 2)], rank=rank)
+        plant("steps", [{"step": 2, "seconds": 2.0, "telemetry_seconds": seconds / 4}], rank=rank, attempt=1)
+    lanczos = {"operator": "hessian", "estimator": "lanczos"}
+    plant(
+        "curvature", [{"step": 1, "index": i, "seconds": s} | lanczos for i, s in ((0, 0.01), (1, None), (-1, 0.005))]
+    )
+    plant("curvature", [{"step": 2, "index": 0, "seconds": 9.0} | lanczos])  # taken again
+    plant("spectra", [{"step": 1, "operator": "hessian", "estimator": "slq", "seconds": 0.003}])
+    plant("head_effects", [{"step": 1, "head": h, "seconds": 0.002} for h in range(4)])
+    found = by(ask("FROM cost"), "rank", "part")
+    assert list(found) == [(0, "all"), (0, "hessian lanczos"), (0, "hessian slq"), (0, "knock_out"), (1, "all")]
+    columns = (
+        "steps",
+        "first_step",
+        "last_step",
+        "telemetry_seconds",
+        "run_seconds",
+        "share",
+        "worst_seconds",
+        "is_over",
+    )
+    chosen = {key: tuple(row[c] for c in columns) for key, row in found.items()}
+    assert chosen == {
+        (0, "all"): (2, 1, 2, approx(0.05), 4.0, approx(0.0125), 0.04, True),
+        (0, "hessian lanczos"): (1, 1, 1, approx(0.015), 4.0, approx(0.00375), approx(0.015), None),
+        (0, "hessian slq"): (1, 1, 1, 0.003, 4.0, approx(0.00075), 0.003, None),
+        (0, "knock_out"): (1, 1, 1, 0.002, 4.0, approx(0.0005), 0.002, None),
+        (1, "all"): (2, 1, 2, approx(0.025), 4.0, approx(0.00625), 0.02, False),
+    }
+    assert {row["max_overhead"] for row in found.values()} == {0.01}
+
+
+def test_cost_of_steps_without_times(plant, ask):
+    plant("steps", [{"step": 1, "loss": 1.0}], run_id="untimed")
+    plant("steps", [{"step": 1, "seconds": 0.0, "telemetry_seconds": 0.0}], run_id="instant")
+    for row in ask("FROM cost"):
+        assert (row["part"], row["steps"], row["share"], row["is_over"]) == ("all", 1, None, None)
+
+
+# -- pairs of runs -------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_at_matched_steps(plant, ask):
+    random = np.random.default_rng(0)
+    common, gap = random.normal(3, 1, 60), random.normal(0.5, 0.1, 60)
+    for rank in range(2):  # a rank sees more, or less, than the mean
+        rows = [
+            {"step": s, "loss": x + rank - 0.5, "tokens": 10, "learning_rate": 1e-3, "grad_norm": 2.0}
+            for s, x in enumerate(common, start=1)
+        ]
+        plant("steps", rows, run_id="a", rank=rank)
+    rows = [{"step": s, "loss": x + d, "tokens": 30} for s, (x, d) in enumerate(zip(common, gap, strict=True), start=1)]
+    plant("steps", [row for row in rows if row["step"] % 2 == 0], run_id="b")
+    plant("steps", [{"step": 61, "loss": 1.0}], run_id="c")  # no step in common
+    pairs = ask("FROM compare_runs")
+    assert {(row["run_a"], row["run_b"]) for row in pairs} == {("a", "b"), ("b", "a")}
+    forth = ask("FROM compare_runs WHERE run_a = 'a' AND run_b = 'b' ORDER BY step")
+    assert [row["step"] for row in forth] == list(range(2, 61, 2))
+    last = forth[-1]
+    assert last["loss_difference"] == approx(-gap[-1])
+    assert last["smoothed_loss_a"] == approx(common[-20:].mean())
+    assert last["smoothed_difference"] == approx(common[-20:].mean() - (common + gap)[1::2][-20:].mean())
+    assert last["difference_stderr"] == approx(gap[1::2][-20:].std(ddof=1) / 20**0.5)
+    assert (last["tokens_a"], last["tokens_b"], last["learning_rate_a"], last["learning_rate_b"]) == (
+        1200,
+        900,
+        1e-3,
+        None,
+    )
+    (back,) = ask("FROM compare_runs WHERE run_a = 'b' AND run_b = 'a' AND step = 60")
+    assert back["loss_difference"] == approx(gap[-1])
+    assert forth[0]["difference_stderr"] is None
+
+
+def test_a_run_that_diverged_is_compared_as_it_is(plant, ask):
+    plant("steps", [{"step": s, "loss": x} for s, x in enumerate([1.0, 2.0, 4.0, 5.0], start=1)], run_id="a")
+    plant("steps", [{"step": s, "loss": x} for s, x in enumerate([0.5, 1.5, NAN, None], start=1)], run_id="b")
+    rows = ask("FROM compare_runs WHERE run_a = 'a' ORDER BY step")
+    assert [row["difference_stderr"] for row in rows] == [None, 0.0, 0.0, 0.0]
+    assert planted.is_nan(rows[2]["loss_difference"])
+    assert (rows[3]["loss_b"], rows[3]["loss_difference"]) == (None, None)
+
+
+# -- events --------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_summed_by_kind(plant, ask):
+    def event(step, severity="warning", kind="k", message="m"):
+        return {"step": step, "severity": severity, "kind": kind, "message": message}
+
+    plant("events", [event(0, "info", "z"), event(3), event(9, message="late"), event(4, "error", "b")])
+    plant("events", [event(7, message="other")], rank=1)
+    plant("events", [event(2, message=None)], run_id="s")
+    rows = ask("FROM events_summary")
+    assert [(r["run_id"], r["severity"], r["kind"], r["events"], r["ranks"], r["message"]) for r in rows] == [
+        ("r", "error", "b", 1, 1, "m"),
+        ("r", "warning", "k", 3, 2, "late"),
+        ("r", "info", "z", 1, 1, "m"),
+        ("s", "warning", "k", 1, 1, None),
+    ]
+    assert (rows[1]["first_step"], rows[1]["last_step"], rows[1]["attempts"]) == (3, 9, 1)
+    start = START.replace(tzinfo=None)
+    assert (rows[1]["first_time"], rows[1]["last_time"]) == (start + timedelta(seconds=3), start + timedelta(seconds=9))
