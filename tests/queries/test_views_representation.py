@@ -1,4 +1,4 @@
-"""The views of massive activations, of collapsing ranks and of CKA between sketches, on planted rows with known answers."""
+"""Views of massive activations, of collapsing ranks and of CKA, on planted rows whose answers are known."""
 
 from __future__ import annotations
 
