@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAMES_SHOWN = 3
 """Near names of a thing, and tables that have a column."""
 
+_LINE = re.compile(r"LINE (?P<number>\d+): (?P<text>.*)\n(?P<caret> *\^)")
 _NO_TABLE = re.compile(r"Table with name (\S+) does not exist|Referenced table \"([^\"]+)\" not found")
 _NO_COLUMN = re.compile(r"Referenced column \"([^\"]+)\" (?:was )?not found|does not have a column named \"([^\"]+)\"")
 
@@ -68,8 +69,7 @@ def understood(connection: Connection, query: str) -> Iterator[None]:
 def _explained(connection: Connection, query: str, error: duckdb.Error) -> str:
     message = str(error).strip()
     hint = _hint(message)
-    if "\nLINE " not in message:
-        message = _placed(connection, query, message)
+    message = _renumbered(message, query) if "\nLINE " in message else _placed(connection, query, message)
     return f"{message}\n{hint}" if hint else message
 
 
@@ -85,6 +85,20 @@ def _placed(connection: Connection, query: str, message: str) -> str:
         again = str(error).strip()
         return again if again.startswith(message.split("\n", 1)[0]) else message
     return message
+
+
+def _renumbered(message: str, query: str) -> str:
+    """The message with the number that the line has in the query: that of a box is of a longer one, made around it."""
+    place = _LINE.search(message)
+    if place is None:
+        return message
+    text = place["text"].removeprefix("...").removesuffix("...").strip()
+    numbers = [number for number, line in enumerate(query.split("\n"), 1) if text in line]
+    if not numbers or int(place["number"]) in numbers:
+        return message
+    shift = len(place["number"]) - len(str(numbers[0]))
+    head = f"LINE {numbers[0]}: "
+    return message[: place.start()] + head + place["text"] + "\n" + place["caret"][shift:] + message[place.end() :]
 
 
 def _hint(message: str) -> str:

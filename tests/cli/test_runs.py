@@ -1,6 +1,7 @@
 """`lmt runs`: how far runs got, which are live, how large they are."""
 
 import json
+import os
 
 import pytest
 from planted import plant
@@ -44,7 +45,10 @@ def test_a_run_is_live_while_its_lock_is_held(two, capsys):
     assert runs(two, capsys)["a"]["state"] == "finished"
     descriptor = hold(two.manifests("a") / "attempt=1")
     assert descriptor is not None
-    assert runs(two, capsys)["a"]["state"] == "live"
+    try:
+        assert runs(two, capsys)["a"]["state"] == "live"
+    finally:
+        os.close(descriptor)
 
 
 def test_the_size_of_files_that_no_manifest_lists_is_from_the_disk(store, capsys):
@@ -57,3 +61,12 @@ def test_people_get_a_box(two, capsys):
     assert main(["runs", "--store", str(two.path)]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ a "))
     assert [cell.strip() for cell in row.split("│")][1:8] == ["a", "finished", "2", "2", "1970-01-01 00:00", "6", "1.5"]
+
+
+def test_a_store_at_an_url(two, capsys):
+    pytest.importorskip("fsspec", reason="stores at URLs take fsspec")
+    here = runs(two, capsys)
+    assert main(["runs", "--format", "json", "--store", f"file://{two.path}"]) == 0
+    there = {run["run_id"]: run for run in json.loads(capsys.readouterr().out)}
+    # Planted in 1970, it is not live; the run that has written nothing has left no file to find it by.
+    assert there == {"a": here["a"]}

@@ -67,3 +67,20 @@ def test_verify_names_what_is_damaged_and_repairs_it(run_store, capsys):
 def test_a_store_that_is_not_there_is_told(command, tmp_path, capsys):
     assert main([command, "--store", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_one_rank_that_fails_does_not_keep_the_others(run_store, capsys):
+    with observe(build("llama"), store=run_store, run_id="damaged", instruments=["activations"]) as session:
+        session.flush()
+    manifest = run_store / "_manifests" / "run_id=damaged" / "attempt=0" / "rank=0.json"
+    manifest.write_text("{")
+    assert main(["compact", "--grace", "0", "--store", str(run_store)]) == 1
+    captured = capsys.readouterr()
+    assert str(manifest) in captured.err
+    assert parts(run_store) == ["compact-1-0.parquet"], "of the other run"
+
+
+@pytest.mark.parametrize("command", ["compact", "verify"])
+def test_a_store_at_an_url_is_not_taken_for_a_directory(command, capsys):
+    assert main([command, "--store", "s3://bucket/store"]) == 1
+    assert "not one at an URL" in capsys.readouterr().err

@@ -174,6 +174,29 @@ def test_what_went_before_a_death_is_known_to_the_next(store, remote, was_greete
     lane.let_go()
 
 
+def test_what_arrived_before_a_death_is_not_lost_by_going_here(store, remote):
+    # The remote lists it, the process died before it removed the file, and the next one has no room for it.
+    Parts(store).write(1)
+    lane = Lane.take(store, "r", 0, 0)
+
+    def lose_the_answer(operation, name):
+        if operation == "put_json":
+            raise TimeoutError
+
+    remote.after = lose_the_answer
+    with pytest.raises(TimeoutError):
+        bring(lane, remote)
+    lane._held.close()
+    remote.after = lambda operation, name: None
+    lane = Lane.take(store, "r", 0, 0)
+    lane.refresh()
+    assert lane.drop_oldest() is not None
+    bring(lane, remote)
+    assert len(listed(remote)) == 1
+    assert listed(remote, key="lost") == []
+    lane.let_go()
+
+
 def test_a_part_that_is_being_shipped_does_not_go(store, remote):
     Parts(store).write(1)
     lane = Lane.take(store, "r", 0, 0)
