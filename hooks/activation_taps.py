@@ -10,7 +10,7 @@ them armed, whatever is observed and by whom, and the armed one shows its tensor
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lm_telemetry.hooks.graph_tap import GraphTap, show
+from lm_telemetry.kernels.head_operands import full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,9 +145,7 @@ class _InputTap(_Tap):
 @contextmanager
 def aside(tensor: Tensor) -> Iterator[None]:
     """Our arithmetic beside the model's: no graph is recorded, and autocast does not round what we compute."""
-    device = tensor.device.type
-    rounding = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with torch.no_grad(), rounding:
+    with torch.no_grad(), full_precision(tensor.device.type):
         yield
 
 

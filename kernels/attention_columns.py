@@ -22,14 +22,12 @@ Left out: gradients.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from lm_telemetry.kernels import attention_columns_twin as twin
-from lm_telemetry.kernels.attention_rows import MAX_HEAD_DIM
 from lm_telemetry.kernels.attention_rows_geometry import four_axes
 from lm_telemetry.kernels.dispatch import choose, launching_on
+from lm_telemetry.kernels.head_operands import full_precision, head_obstacle
 
 SUMMARY_COLUMNS = ("n_sequences", "n_keys", "mean_mass", "max_mass", "gini", "heavy_share")
 """What `summary` gives of a head, before the heaviest keys."""
@@ -101,8 +99,8 @@ def received_mass(
     counts = lse.isfinite() if keep is None else lse.isfinite() & keep[:, None]
     log_total = torch.where(counts, lse, torch.inf)
     bias = None if bias is None else four_axes(bias)
-    with _full_precision(query.device.type):
-        if choose(query, key, refusal=_refusal(query, key)).path == "triton":
+    with full_precision(query.device.type):
+        if choose(query, key, refusal=head_obstacle(query, key)).path == "triton":
             from lm_telemetry.kernels.attention_columns_kernel import launch
 
             with launching_on(query):
@@ -266,18 +264,3 @@ def _check_products(query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, b
                 f"attention_columns: expected bias broadcastable to (B, Hq, {query.shape[2]}, {key.shape[2]}); "
                 f"got {tuple(bias.shape)}"
             )
-
-
-def _full_precision(device: str) -> torch.autocast | nullcontext[None]:
-    """Autocast, in which a training step runs, would multiply in bfloat16."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _refusal(query: torch.Tensor, key: torch.Tensor) -> str | None:
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"heads of {query.shape[-1]} channels are wider than the kernel's {MAX_HEAD_DIM}"
-    if query.stride(-1) != 1 or key.stride(-1) != 1:
-        return "the channels of a head are not adjacent"
-    if query.dtype != key.dtype:
-        return f"queries are {query.dtype} and keys {key.dtype}"
-    return None

@@ -24,7 +24,7 @@ Left out: skipping blocks of queries that are all of other segments.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -33,6 +33,7 @@ import triton.language as tl
 from lm_telemetry.kernels.attention_rows_geometry import hiding_bound
 from lm_telemetry.kernels.attention_rows_kernel import tanh
 from lm_telemetry.kernels.dispatch import interpreting
+from lm_telemetry.kernels.head_operands import with_strides
 
 if TYPE_CHECKING:
     from lm_telemetry.kernels.attention_columns_twin import Visibility
@@ -215,10 +216,10 @@ def launch(
         key,
         log_total.contiguous(),
         mass,
-        *_with_strides(view.own_keys, (batch, n_queries), query),
-        *_with_strides(view.segments, (batch, n_keys), query),
-        *_with_strides(mask, (batch, heads, n_queries, n_keys), query),
-        *_with_strides(bias, (batch, heads, n_queries, n_keys), query),
+        *with_strides(view.own_keys, (batch, n_queries), query),
+        *with_strides(view.segments, (batch, n_keys), query),
+        *with_strides(mask, (batch, heads, n_queries, n_keys), query),
+        *with_strides(bias, (batch, heads, n_queries, n_keys), query),
         *query.stride()[:3],
         *key.stride()[:3],
         scale,
@@ -245,11 +246,3 @@ def launch(
         **launch_options(sizes, whole_head=whole_head),
     )
     return mass
-
-
-def _with_strides(tensor: torch.Tensor | None, shape: tuple[int, ...], absent: torch.Tensor) -> tuple[Any, ...]:
-    """What a launch passes for `tensor` seen as `shape`: it and its strides, or `absent` and zeros."""
-    if tensor is None:
-        return (absent, *(0 for _ in shape))
-    tensor = tensor.expand(shape)
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *tensor.stride())

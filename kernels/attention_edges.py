@@ -29,9 +29,7 @@ import torch
 from lm_telemetry.kernels.attention_edges_twin import strongest_edges
 from lm_telemetry.kernels.attention_rows_geometry import RowGeometry, four_axes, row_geometry
 from lm_telemetry.kernels.dispatch import choose, launching_on
-
-MAX_HEAD_DIM = 256
-"""Widest head the kernel takes: a block of queries and one of keys lie in shared memory."""
+from lm_telemetry.kernels.head_operands import full_precision, head_obstacle
 
 MAX_EDGES = 16
 """Longest list the kernel keeps for a row; more go to the twin."""
@@ -132,7 +130,7 @@ def attention_edges_at(
         return Edges(keys=keys, mass=nothing, flow=nothing.clone(), total_flow=nothing[..., 0].clone())
     if bias is not None:
         bias = four_axes(bias).expand(-1, heads, n_queries, geometry.n_keys)
-    with torch.autocast(query.device.type, enabled=False):  # a training step's would multiply in bfloat16
+    with full_precision(query.device.type):
         if choose(query, key, refusal=_refusal(query, key, k)).path == "triton":
             from lm_telemetry.kernels.attention_edges_kernel import launch
 
@@ -156,13 +154,7 @@ def attention_edges_at(
 def _refusal(query: torch.Tensor, key: torch.Tensor, k: int) -> str | None:
     if k > MAX_EDGES:
         return f"{k} edges a row are more than the kernel's {MAX_EDGES}"
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"heads of {query.shape[-1]} channels are wider than the kernel's {MAX_HEAD_DIM}"
-    if query.stride(-1) != 1 or key.stride(-1) != 1:
-        return "the channels of a head are not adjacent"
-    if query.dtype != key.dtype:
-        return f"queries are {query.dtype} and keys {key.dtype}"
-    return None
+    return head_obstacle(query, key)
 
 
 def _check(

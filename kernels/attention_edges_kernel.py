@@ -22,8 +22,6 @@ Decisions:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ import triton.language as tl
 from lm_telemetry.kernels.attention_rows_geometry import HIDDEN, KEY_BLOCK, RowGeometry, aligned, rows_of
 from lm_telemetry.kernels.attention_rows_kernel import tanh
 from lm_telemetry.kernels.dispatch import interpreting
+from lm_telemetry.kernels.head_operands import with_strides
 
 LOWEST = -(2**63)
 """The candidate that a hidden key is."""
@@ -252,14 +251,14 @@ def launch(
     edge_kernel[(batch * kv_heads * row_blocks,)](
         query,
         key,
-        *_with_strides(weight, (batch, heads, n_keys), query)[:3],
+        *with_strides(weight, (batch, heads, n_keys), query)[:3],
         keys,
         mass,
         flow,
         total,
-        *_with_strides(geometry.positions, (batch, n), query),
-        *_with_strides(geometry.padded_mask, (batch, heads, n, -1), query)[:4],
-        *_with_strides(bias, (batch, heads, n, -1), query)[:4],
+        *with_strides(geometry.positions, (batch, n), query),
+        *with_strides(geometry.padded_mask, (batch, heads, n, -1), query)[:4],
+        *with_strides(bias, (batch, heads, n, -1), query)[:4],
         query if sinks is None else sinks.contiguous(),
         *query.stride()[:3],
         *key.stride()[:3],
@@ -283,11 +282,3 @@ def launch(
     )
     order = flow.argsort(dim=-1, descending=True)[..., :k]
     return keys.gather(-1, order), mass.gather(-1, order), flow.gather(-1, order), total
-
-
-def _with_strides(tensor: torch.Tensor | None, shape: tuple[int, ...], absent: torch.Tensor) -> tuple[Any, ...]:
-    """What a launch passes for `tensor` seen as `shape`: it and its strides, or `absent` and zeros."""
-    if tensor is None:
-        return (absent, *(0 for _ in shape))
-    tensor = tensor.expand(shape)
-    return (tensor, *tensor.stride())

@@ -37,8 +37,6 @@ Left out: received mass, which is a pass over columns.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from lm_telemetry.kernels.attention_rows_geometry import (
@@ -52,10 +50,10 @@ from lm_telemetry.kernels.attention_rows_geometry import (
 )
 from lm_telemetry.kernels.attention_rows_twin import row_lse, row_statistics
 from lm_telemetry.kernels.dispatch import choose, launching_on
+from lm_telemetry.kernels.head_operands import full_precision, head_obstacle
 
 __all__ = [
     "LOCAL_WINDOW",
-    "MAX_HEAD_DIM",
     "RAW_COLUMNS",
     "RowGeometry",
     "attention_lse",
@@ -64,9 +62,6 @@ __all__ = [
     "refusal",
     "row_geometry",
 ]
-
-MAX_HEAD_DIM = 256
-"""Widest head the kernel takes: a block of queries and one of keys lie in shared memory."""
 
 
 def attention_rows(
@@ -161,8 +156,8 @@ def attention_rows_at(
         out.zero_()[:, MAX_LOGIT] = -torch.inf
         return out
     bias = _expanded(bias, query, geometry)
-    with _full_precision(query.device.type):
-        if choose(query, key, refusal=_refusal(query, key)).path == "triton":
+    with full_precision(query.device.type):
+        if choose(query, key, refusal=head_obstacle(query, key)).path == "triton":
             from lm_telemetry.kernels.attention_rows_launch import launch
 
             with launching_on(query):
@@ -233,8 +228,8 @@ def attention_lse(
     if 0 in {*query.shape[:3], geometry.n_keys}:
         return query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     bias = _expanded(bias, query, geometry)
-    with _full_precision(query.device.type):
-        if choose(query, key, refusal=_refusal(query, key)).path == "triton":
+    with full_precision(query.device.type):
+        if choose(query, key, refusal=head_obstacle(query, key)).path == "triton":
             from lm_telemetry.kernels.attention_rows_launch import launch
 
             with launching_on(query):
@@ -246,28 +241,13 @@ def refusal(query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why tensors on an accelerator go to the twin; None where the kernel takes them, and on the CPU."""
     if query.device.type == "cpu":
         return None
-    choice = choose(query, key, refusal=_refusal(query, key))
+    choice = choose(query, key, refusal=head_obstacle(query, key))
     return choice.reason if choice.path == "torch" else None
 
 
 def _expanded(bias: torch.Tensor | None, query: torch.Tensor, geometry: RowGeometry) -> torch.Tensor | None:
     """The bias with all its axes but the first."""
     return None if bias is None else four_axes(bias).expand(-1, query.shape[1], query.shape[2], geometry.n_keys)
-
-
-def _full_precision(device: str) -> torch.autocast | nullcontext[None]:
-    """Autocast, in which a training step runs, would multiply in bfloat16."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _refusal(query: torch.Tensor, key: torch.Tensor) -> str | None:
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"heads of {query.shape[-1]} channels are wider than the kernel's {MAX_HEAD_DIM}"
-    if query.stride(-1) != 1 or key.stride(-1) != 1:
-        return "the channels of a head are not adjacent"
-    if query.dtype != key.dtype:
-        return f"queries are {query.dtype} and keys {key.dtype}"
-    return None
 
 
 def _check(

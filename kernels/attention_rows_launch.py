@@ -8,7 +8,7 @@ copied.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from lm_telemetry.kernels.attention_rows_geometry import (
 )
 from lm_telemetry.kernels.attention_rows_kernel import block_sizes, launch_options, row_kernel
 from lm_telemetry.kernels.dispatch import interpreting
+from lm_telemetry.kernels.head_operands import with_strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,15 +114,15 @@ def _launch(
         query,
         key,
         rows,
-        *_with_strides(positions, (batch, n), query),
-        *_with_strides(geometry.own, (batch, n), query),
-        *_with_strides(keep, (batch, n), query),
-        *_with_strides(first, (batch, n), query),
-        *_with_strides(induction_key, (batch, n), query),
-        *_with_strides(segments, (batch, n_keys), query),
-        *_with_strides(sinks, (heads,), query),
-        *_with_strides(mask, (batch, heads, n, -1), query)[:4],
-        *_with_strides(bias, (batch, heads, n, -1), query)[:4],
+        *with_strides(positions, (batch, n), query),
+        *with_strides(geometry.own, (batch, n), query),
+        *with_strides(keep, (batch, n), query),
+        *with_strides(first, (batch, n), query),
+        *with_strides(induction_key, (batch, n), query),
+        *with_strides(segments, (batch, n_keys), query),
+        *with_strides(sinks, (heads,), query),
+        *with_strides(mask, (batch, heads, n, -1), query)[:4],
+        *with_strides(bias, (batch, heads, n, -1), query)[:4],
         *query.stride()[:3],
         *key.stride()[:3],
         scale,
@@ -151,11 +152,3 @@ def _launch(
         **launch_options(whole_head=whole_head),
     )
     return rows
-
-
-def _with_strides(tensor: torch.Tensor | None, shape: tuple[int, ...], absent: torch.Tensor) -> tuple[Any, ...]:
-    """What a launch passes for `tensor` seen as `shape`: it and its strides, or `absent` and zeros."""
-    if tensor is None:
-        return (absent, *(0 for _ in shape))
-    tensor = tensor.expand(shape)
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *tensor.stride())

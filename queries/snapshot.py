@@ -86,13 +86,12 @@ class _Run:
             found += parts_of_rank
         return found
 
-    def starts(self) -> dict[int, dict[int, int]]:
-        """By rank and attempt, the first step in `steps`."""
-        found: dict[int, dict[int, int]] = {}
+    def starts(self) -> dict[int, dict[int, int | None]]:
+        """By rank and attempt, the first step in `steps`; None for an attempt that has none there."""
+        found: dict[int, dict[int, int | None]] = {}
         for (attempt, rank), parts in self.parts.items():
             steps = [p.first_step for _, p in parts if p.table == "steps" and p.first_step is not None]
-            if steps:
-                found.setdefault(rank, {})[attempt] = min(steps)
+            found.setdefault(rank, {})[attempt] = min(steps, default=None)
         return found
 
     def is_untold(self) -> bool:
@@ -339,15 +338,16 @@ def _require_one_meaning(directory: str, files: list[str]) -> None:
         )
 
 
-def _cuts(run_id: str, starts: dict[int, dict[int, int]]) -> list[Cut]:
-    """Where later attempts overtook earlier ones."""
+def _cuts(run_id: str, starts: dict[int, dict[int, int | None]]) -> list[Cut]:
+    """Where later attempts overtook earlier ones, also those that left rows of other tables only."""
     cuts = []
     for rank, by_attempt in starts.items():
         bound: int | None = None
         for attempt in sorted(by_attempt, reverse=True):
             if bound is not None:
                 cuts.append(Cut(run_id, rank, attempt, bound))
-            bound = by_attempt[attempt] if bound is None else min(bound, by_attempt[attempt])
+            known = [step for step in (bound, by_attempt[attempt]) if step is not None]
+            bound = min(known, default=None)
     return cuts
 
 

@@ -29,12 +29,18 @@ def hold(directory: Path) -> int | None:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    for pause in (0.01, 0.1, 1.0, None):  # who asks `is_live` has the lock to itself for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if pause is not None:
+                time.sleep(pause)
+        except OSError:
+            break
+        else:
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def is_live(store: Store, run_id: str) -> bool:

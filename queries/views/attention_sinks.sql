@@ -20,9 +20,9 @@
 --   sink_rate [1]: share of the sinks among the heads of this kind in the stack
 --   output_norm [1]: mean L2 norm of the head's write into the residual stream, at the last capture
 --   output_ratio [1]: that over its mean over the layer's heads; a head that rests in its sink writes little
--- source: sinks, arXiv 2309.17453; the cut-off 0.3 and the rate as in 2410.10781, where sinks emerge in pre-training once it
---   has gone some way; `attention_health` flags a head above 0.5. A sink is common and does no harm in itself. The first
---   key is that of the sequence, padding left out; a sink on another position shows in `heavy_hitters` only.
+-- source: sinks, arXiv 2309.17453; the cut-off 0.3 and the rate as in 2410.10781, where sinks emerge in pre-training
+--   once it has gone some way; `attention_health` flags a head above 0.5. A sink is common and does no harm in itself.
+--   The first key is that of the sequence, padding left out; a sink on another position shows in `heavy_hitters` only.
 WITH measured AS (
     SELECT
         run_id, rank, stack, layer, kind, head, step, time,

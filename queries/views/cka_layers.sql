@@ -12,10 +12,11 @@
 --   other_site []: where in its block
 --   n_tokens [tokens]: tokens of either sketch
 --   cka [1]: debiased linear CKA; 1 if they differ by rotation, scale and offset only, about 0 if they are unrelated
--- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals. Blocks of
---   layers that do the same, 2010.15327. The matrix is there as a whole, each pair in both orders and each site with
---   itself. Ask for a step with WHERE: every capture has a matrix of its own, and without one all are computed. The view
---   `cka` has the last capture's. CKA is led by few massive tokens, 2210.16156: see `massive_activations`.
+-- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals.
+--   Blocks of layers that do the same, 2010.15327. The matrix is there as a whole, each pair in both orders and each
+--   site with itself. Ask for a step with WHERE: every capture has a matrix of its own, and without one all are
+--   computed. The view `cka` has the last capture's. CKA is led by few massive tokens, 2210.16156: see
+--   `massive_activations`.
 WITH places AS (
     SELECT
         run_id, rank, attempt, stack, step, layer, site, n_tokens,

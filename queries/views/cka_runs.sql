@@ -10,9 +10,10 @@
 --   layer_b [1]: index of the block of run_b: the same, but at `final`, where depths may differ
 --   n_tokens [tokens]: tokens of either sketch
 --   cka [1]: debiased linear CKA; 1 if they differ by rotation, scale and offset only, about 0 if they are unrelated
--- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals. Runs are
---   compared if their probes are the same, by SHA-256. What two seeds of one model come to is the measure for other pairs:
---   much of the likeness between models vanishes under a null, 2602.14486. Last sketches, of whatever step: `cka`.
+-- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals. Runs
+--   are compared if their probes are the same, by SHA-256. What two seeds of one model come to is the measure for other
+--   pairs: much of the likeness between models vanishes under a null, 2602.14486. Last sketches, of whatever step:
+--   `cka`.
 WITH probes AS (
     SELECT run_id, rank, attempt, max(probe_sha256) AS probe
     FROM runs

@@ -14,9 +14,9 @@
 --   drift_per_100_steps [1]: drift for 100 steps, as if it were even
 -- source: debiased CKA, arXiv 1905.00414: the cosine similarity of U-centred Gram matrices above their diagonals. Of a
 --   place with more than 32 sketches 32 are paired, evenly spaced among them, the first and the last included, so that
---   there are 496 pairs at most (a convention of ours); any two others are `list_cosine_similarity(a.gram, b.gram)` of two
---   rows of `sketches`. Across a restart sketches are paired if the launches had the same probe. Ask for a layer with
---   WHERE, which keeps the others from being read.
+--   there are 496 pairs at most (a convention of ours); any two others are `list_cosine_similarity(a.gram, b.gram)` of
+--   two rows of `sketches`. Across a restart sketches are paired if the launches had the same probe. Ask for a layer
+--   with WHERE, which keeps the others from being read.
 WITH probes AS (
     SELECT run_id, rank, attempt, max(probe_sha256) AS probe
     FROM runs

@@ -13,7 +13,8 @@
 --   highest_normalized_entropy [1]: the highest of all captures
 --   normalized_entropy [1]: at the last capture
 --   remaining [1]: the last over the highest
---   slope [1/step]: slope of the normalized entropy against the step, by least squares; NULL for fewer than two captures
+--   slope [1/step]: slope of the normalized entropy against the step, by least squares; NULL for fewer than two
+--     captures
 --   slope_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than three
 --   collapse_step [1]: first captured step with a normalized entropy below 0.05; NULL if there is none
 --   previous_step [1]: the capture before, so that the collapse lies between the two; NULL if the first was below

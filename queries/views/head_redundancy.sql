@@ -9,16 +9,17 @@
 --   other_head [1]: another of its layer, of higher index
 --   captures [1]: steps at which both were captured
 --   distance [1]: root mean square, over captures and statistics, of the difference between the two heads' profiles
---   cosine [1]: cosine similarity of the profiles' deviations from the layer's mean at each step; 1 if the two stand out
---     in the same way. NULL with fewer than 3 heads, where deviations are opposite by construction, or if nothing
+--   cosine [1]: cosine similarity of the profiles' deviations from the layer's mean at each step; 1 if the two stand
+--     out in the same way. NULL with fewer than 3 heads, where deviations are opposite by construction, or if nothing
 --     deviates
 --   entropy_correlation [1]: correlation of their normalized entropies over the captures: whether they moved together;
 --     NULL for fewer than 3 captures, or where one did not move
 --   is_redundant []: whether distance is below 0.05 and cosine, where there is one, above 0.9
--- source: definitions of ours. A profile is normalized entropy, top-1, sink, previous-token and local mass and induction
---   score, all between 0 and 1, at every capture; an induction score that is not there counts as the layer's mean. Heads of
---   a layer can often be missed, arXiv 1905.10650, and cluster by what they attend to, 1906.04341. Equal statistics are not
---   equal attention: `head_importance` tells what a head is needed for. The cut-offs are conventions of ours.
+-- source: definitions of ours. A profile is normalized entropy, top-1, sink, previous-token and local mass and
+--   induction score, all between 0 and 1, at every capture; an induction score that is not there counts as the layer's
+--   mean. Heads of a layer can often be missed, arXiv 1905.10650, and cluster by what they attend to, 1906.04341. Equal
+--   statistics are not equal attention: `head_importance` tells what a head is needed for. The cut-offs are conventions
+--   of ours.
 WITH profiles AS (
     SELECT
         run_id, rank, stack, layer, kind, step, head,

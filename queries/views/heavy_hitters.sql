@@ -10,10 +10,12 @@
 --   first_step [1]: step of the first one
 --   last_step [1]: step of the last one
 --   n_keys [1]: keys that it is over, at the last capture
---   heavy_share [1]: share of all attention that goes to the tenth of the keys that receives the most, at the last capture
+--   heavy_share [1]: share of all attention that goes to the tenth of the keys that receives the most, at the last
+--     capture
 --   first_heavy_share [1]: the same at the first capture
 --   heavy_slope [1/step]: slope of heavy_share against the step, by least squares; NULL for fewer than two captures
---   heavy_slope_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than three
+--   heavy_slope_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than
+--     three
 --   gini [1]: Gini coefficient of received attention over keys, at the last capture: 0 even, 1 all on one key
 --   max_ratio [1]: attention of the key that receives the most over the mean, at the last capture
 --   sink_mass [1]: mean probability of the first key in the sampled rows of last_step; NULL if the step has none
@@ -22,9 +24,9 @@
 --   heavy_step [1]: first captured step with a heavy_share above 0.5; NULL if there is none
 --   previous_step [1]: the capture before; NULL if the first was above 0.5
 --   is_heavy []: whether the last capture is above 0.5
--- source: heavy hitters, arXiv 2306.14048: a cache of the keys that receive the most loses little. 0.5 is a convention of
---   ours. A causal head that attends evenly has a heavy_share of 0.1 (1 + ln 10) = 0.33 and a Gini coefficient of 0.5,
---   since the first keys are seen by more queries. Which keys they are is in the table `key_mass`.
+-- source: heavy hitters, arXiv 2306.14048: a cache of the keys that receive the most loses little. 0.5 is a convention
+--   of ours. A causal head that attends evenly has a heavy_share of 0.1 (1 + ln 10) = 0.33 and a Gini coefficient of
+--   0.5, since the first keys are seen by more queries. Which keys they are is in the table `key_mass`.
 WITH measured AS (
     SELECT
         run_id, rank, stack, layer, kind, head, step, time, n_keys,

@@ -22,8 +22,8 @@
 --   last_loss [nats]: training loss at last_step
 --   is_induction []: whether the last score is above 0.3
 -- source: arXiv 2209.11895, where induction heads form in a short phase in which the loss drops. 0.3 is a convention of
---   ours: even attention has one over the number of keys. Half of the highest is the midpoint of a rise from nothing; it
---   moves while the score still rises. What the model loses without the head: `head_importance`.
+--   ours: even attention has one over the number of keys. Half of the highest is the midpoint of a rise from nothing;
+--   it moves while the score still rises. What the model loses without the head: `head_importance`.
 WITH measured AS (
     SELECT
         run_id, rank, stack, layer, kind, head, step, time, n_induction,

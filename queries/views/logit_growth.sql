@@ -14,7 +14,8 @@
 --   highest_max_logit [nats]: the highest of all captures
 --   fitted [1]: captures that the rate rests on: those whose largest logit is above 0
 --   growth_rate [1/step]: slope of ln(max_logit) against the step, by least squares; NULL for fewer than two
---   growth_rate_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than three
+--   growth_rate_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than
+--     three
 --   doubling_time [steps]: ln 2 over growth_rate; NULL where it is within two standard errors of 0, or negative
 --   bound_step [1]: first captured step with a logit above 50; NULL if there is none
 --   previous_step [1]: the capture before, so that the bound was passed between the two; NULL if the first was above it
@@ -22,9 +23,10 @@
 --   steps_to_bound [steps]: steps after the last capture until the bound is passed, if growth goes on from there; NULL
 --     where it was passed, or where doubling_time is NULL
 --   nonfinite_step [1]: first captured step with a sampled row of NaN or infinite logits; NULL if there is none
--- source: growth of attention logits before divergence, arXiv 2302.05442 and 2309.14322. The bound of 50 is a convention
---   of ours, as in `attention_health`; 2507.20534 holds logits to 100 by clipping. Growth need not be exponential: compare
---   growth_rate with its error. A logit is that of sampled rows, so that the largest of all may be larger.
+-- source: growth of attention logits before divergence, arXiv 2302.05442 and 2309.14322. The bound of 50 is a
+--   convention of ours, as in `attention_health`; 2507.20534 holds logits to 100 by clipping. Growth need not be
+--   exponential: compare growth_rate with its error. A logit is that of sampled rows, so that the largest of all may be
+--   larger.
 WITH measured AS (
     SELECT
         run_id, rank, stack, layer, kind, head, step, time,
@@ -89,7 +91,7 @@ rates AS (
     FROM courses
 ),
 growing AS (
-    SELECT *, CASE WHEN growth_rate > 0 AND growth_rate > 2 * growth_rate_stderr THEN growth_rate END AS growth
+    SELECT *, CASE WHEN growth_rate > 2 * growth_rate_stderr THEN growth_rate END AS growth
     FROM rates
 )
 SELECT

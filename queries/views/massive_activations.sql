@@ -20,9 +20,9 @@
 --   absmax_ratio [1]: that over the RMS of their activations, since a median is not captured there
 --   batch_since_step [1]: first capture of the training batch with an absmax above 100 and above 100 times the RMS
 --   is_massive []: whether the last capture of the probe shows one, or where there is none that of the training batch
--- source: a magnitude above 100 and above 1,000 times the median, arXiv 2402.17762, where they stand in few fixed channels
---   of the first token or a delimiter; their emergence in training, 2508.03616. The cut-offs for the batch are a convention
---   of ours, as in `layer_health`: an RMS contains the massive activations, a median does not.
+-- source: a magnitude above 100 and above 1,000 times the median, arXiv 2402.17762, where they stand in few fixed
+--   channels of the first token or a delimiter; their emergence in training, 2508.03616. The cut-offs for the batch are
+--   a convention of ours, as in `layer_health`: an RMS contains the massive activations, a median does not.
 WITH seen AS (
     SELECT
         run_id, rank, stack, layer, site, step, time, 'probe' AS source,

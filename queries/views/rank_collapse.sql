@@ -13,7 +13,8 @@
 --   effective_rank [1]: at last_step
 --   rank_share [1]: that over the largest it could be: the lesser of the width and n_tokens - 1
 --   rank_change [1]: last effective rank over first
---   rank_trend [1/step]: slope of ln(effective_rank) against the step, by least squares; NULL for fewer than two captures
+--   rank_trend [1/step]: slope of ln(effective_rank) against the step, by least squares; NULL for fewer than two
+--     captures
 --   rank_trend_stderr [1/step]: its standard error, for independent errors of equal variance; NULL for fewer than three
 --   rank_over_below [1]: effective rank over that of the place below, at last_step: of the stream (`embed`, `resid`,
 --     `final`) or of the same write (`attn_out`, `mlp_out`). NULL for the lowest, or if their tokens are not as many

@@ -75,4 +75,5 @@ def test_a_score_that_is_not_there_counts_as_the_mean(plant, ask):
     row = by(ask("FROM head_redundancy"), "head", "other_head")[0, 1]
     one, other = (profiles[h, 1:, :5].astype(float) for h in (0, 1))
     assert row["captures"] == 3
+    assert row["entropy_correlation"] == approx(np.corrcoef(one[:, 0], other[:, 0])[0, 1])
     assert row["distance"] == approx(np.sqrt(((one - other) ** 2).sum() / 18))

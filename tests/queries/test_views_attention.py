@@ -102,6 +102,24 @@ def test_nan_is_passed_over_in_a_table_of_one_file(view, plant, ask):
     assert {row["captures"] for row in ask(f"FROM {view}")} == {2}
 
 
+@pytest.mark.parametrize(
+    ("view", "column", "others"),
+    [
+        ("entropy_collapse", "normalized_entropy", ("first_normalized_entropy", "highest_normalized_entropy")),
+        ("logit_growth", "max_logit", ("first_max_logit", "highest_max_logit")),
+        ("attention_sinks", "sink_mass", ("first_sink_mass", "highest_sink_mass")),
+        ("induction_heads", "induction_score", ("first_score", "highest_score")),
+        ("heavy_hitters", "heavy_share", ("first_heavy_share",)),
+    ],
+)
+def test_first_last_and_highest_of_a_series(view, column, others, plant, ask):
+    plant("key_mass" if view == "heavy_hitters" else "heads", head(column, {30: 0.25, 10: 0.625, 40: 0.375, 20: 0.875}))
+    (row,) = ask(f"FROM {view}")
+    assert (row["captures"], row["first_step"], row["last_step"]) == (4, 10, 40)
+    assert row[column] == 0.375
+    assert [row[name] for name in others] == [0.625, 0.875][: len(others)]
+
+
 @pytest.mark.parametrize("view", VIEWS[:5])
 def test_runs_ranks_layers_and_kinds_stay_apart(view, plant, ask):
     columns = dict.fromkeys(["normalized_entropy", "max_logit", "sink_mass", "induction_score"], 0.04)
@@ -218,7 +236,8 @@ def test_rows_without_a_finite_logit_are_told_with_their_step(plant, ask):
 
 
 def test_sinks_have_their_step_and_their_rate(plant, ask):
-    plant("heads", head("sink_mass", {1: 0.1, 50: 0.25, 100: 0.7, 150: 0.8}, output_norm=1.0))
+    rows = head("sink_mass", {1: 0.1, 50: 0.29, 100: 0.31, 150: 0.8})
+    plant("heads", [row | {"output_norm": row["step"] / 150} for row in rows])
     plant("heads", head("sink_mass", {1: 0.9, 150: 0.2}, index=1, output_norm=3.0))
     plant("heads", head("sink_mass", {150: 0.25}, index=2, output_norm=NAN))
     plant("heads", head("sink_mass", {150: 0.4}, layer=1, output_norm=0.0))
@@ -249,14 +268,15 @@ def test_sinks_have_their_step_and_their_rate(plant, ask):
 def test_an_induction_head_forms_where_its_score_rises(plant, ask):
     at = np.arange(0, 500, 25)
     score = 0.02 + 0.8 / (1 + np.exp(-(at - 210) / 20))
-    plant("heads", head("induction_score", series(at, score), layer=1, n_induction=64))
+    rows = head("induction_score", series(at, score), layer=1)
+    plant("heads", [row | {"n_induction": row["step"]} for row in rows])
     plant("heads", head("induction_score", series(at, np.full(len(at), 0.02)), index=1))
     plant("heads", head("induction_score", {0: 0.0, 25: 0.0}, index=2))
     plant("steps", losses(*at.tolist()))
     formed, flat, nothing = ask("FROM induction_heads")
     first = at[score > score.max() / 2][0]
     assert first == 225
-    assert (formed["place"], formed["layer"], formed["is_induction"], formed["n_induction"]) == (1, 1, True, 64)
+    assert (formed["place"], formed["layer"], formed["is_induction"], formed["n_induction"]) == (1, 1, True, 475)
     assert (formed["formation_step"], formed["previous_step"]) == (225, 200)
     assert (formed["formation_loss"], formed["last_loss"]) == (0.225, 0.475)
     assert (flat["place"], flat["formation_step"], flat["previous_step"], flat["is_induction"]) == (2, 0, None, False)
@@ -264,10 +284,10 @@ def test_an_induction_head_forms_where_its_score_rises(plant, ask):
 
 
 def test_a_head_that_lost_its_induction_is_none(plant, ask):
-    plant("heads", head("induction_score", {1: 0.1, 2: 0.9, 3: 0.2}))
-    (row,) = ask("FROM induction_heads")
-    assert (row["formation_step"], row["highest_score"], row["induction_score"]) == (2, approx(0.9), approx(0.2))
-    assert row["is_induction"] is False
+    plant("heads", head("induction_score", {1: 0.1, 2: 0.9, 3: 0.29}) + head("induction_score", {1: 0.31}, index=1))
+    kept, lost = ask("FROM induction_heads")
+    assert (lost["formation_step"], lost["previous_step"], lost["highest_score"]) == (2, 1, approx(0.9))
+    assert [(r["head"], r["is_induction"]) for r in (kept, lost)] == [(1, True), (0, False)]
 
 
 # -- heavy hitters -------------------------------------------------------------------------------------------------
@@ -283,14 +303,16 @@ def test_even_causal_attention_is_as_heavy_as_the_header_says():
 def test_heavy_hitters_beyond_the_sink(plant, ask):
     at = np.arange(100, 600, 100)
     shares = np.array([0.3, 0.4, 0.45, 0.6, 0.75], dtype="float32")
-    plant("key_mass", head("heavy_share", series(at, shares), gini=0.5, max_mass=8.0, mean_mass=0.5, n_keys=100))
+    rows = head("heavy_share", series(at, shares), mean_mass=0.5)
+    plant("key_mass", [r | {"gini": r["step"] / 1000, "max_mass": r["step"] / 50, "n_keys": r["step"]} for r in rows])
     plant("key_mass", head("heavy_share", {500: 0.2}, index=1, mean_mass=0.0))
     plant("heads", head("sink_mass", {400: 0.9, 500: 0.25}))
     heavy, even = ask("FROM heavy_hitters")
     slope, stderr = fit(at, shares)
     assert (heavy["heavy_slope"], heavy["heavy_slope_stderr"]) == (approx(slope), approx(stderr))
     assert (heavy["heavy_step"], heavy["previous_step"], heavy["is_heavy"]) == (400, 300, True)
-    assert (heavy["first_heavy_share"], heavy["max_ratio"], heavy["n_keys"]) == (approx(0.3), 16, 100)
+    assert (heavy["first_heavy_share"], heavy["max_ratio"], heavy["n_keys"]) == (approx(0.3), 20, 500)
+    assert heavy["gini"] == 0.5
     assert (heavy["sink_mass"], heavy["beyond_sink"]) == (0.25, 0.5)
     assert (even["is_heavy"], even["heavy_step"], even["sink_mass"], even["beyond_sink"]) == (False, None, None, None)
     assert (even["max_ratio"], even["heavy_slope"]) == (None, None)
