@@ -271,6 +271,8 @@ def main() -> None:
     quick = arguments.quick
     values = peers.walks(peers.Setting(steps=400 if quick else 2000))
     rows = Rows()
+    if arguments.directory is not None:
+        Path(arguments.directory).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=arguments.directory))
     try:
         store, sqlite = writing(rows, work, values, quick)
