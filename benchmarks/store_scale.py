@@ -145,10 +145,6 @@ def measure(rows: Any, work: Path, pairs: Callable[..., list[tuple[float, float]
     time.sleep(SETTLED)
     found = pairs(connecting(many), connecting(small), 3 if quick else 15)
     rows.ratio(f"connect, {len(names)} runs", "connect, 1 run", found, unit="s")
-    with connect(many.path) as ours, connect(small.path) as theirs:
-        one = f"{SERIES} ORDER BY step"
-        found = pairs(lambda: ours.execute(one).fetchall(), lambda: theirs.execute(one).fetchall(), 3 if quick else 15)
-    rows.ratio(f"query: one series of a run of {len(names)}", base, found, unit="s")
 
 
 if __name__ == "__main__":
