@@ -148,7 +148,7 @@ def size(path: Path) -> int:
 def writing(rows: Rows, work: Path, values: np.ndarray, quick: bool) -> tuple[Store, Path]:
     """Bytes and rates; the compacted store, and SQLite's file."""
     times = 1 if quick else 3
-    long = peers.long_table(values)
+    long, wide = peers.long_table(values), peers.wide_table(values)
     fewer = values[: len(values) // 40]
     ways: dict[str, tuple[np.ndarray, Callable[[Path, np.ndarray], Any]]] = {
         "ours": (values, write_ours),
@@ -190,6 +190,13 @@ def writing(rows: Rows, work: Path, values: np.ndarray, quick: bool) -> tuple[St
     found = pairs(layout, lambda: peers.write_long(work / "long.parquet", long), 3 if quick else 15)
     per_second = [(values.size / a / 1e6, values.size / b / 1e6) for a, b in found]
     rows.ratio("writing, layout", "pyarrow long", per_second, ">= 6", unit="M values/s")
+    found = pairs(
+        lambda: peers.write_wide(work / "wide.parquet", wide),
+        lambda: peers.write_long(work / "long.parquet", long),
+        3 if quick else 15,
+    )
+    per_second_alone = [(values.size / a / 1e6, values.size / b / 1e6) for a, b in found]
+    rows.ratio("writing, layout without our keys", "pyarrow long", per_second_alone, unit="M values/s")
     sqlite_rates = rates["SQLite, a row a value, indexed"]
     mixed = [(per_second[i][0], rate) for i, rate in enumerate(sqlite_rates)]
     note = "ours from Arrow tables, SQLite from captures"
@@ -227,6 +234,12 @@ def asking(rows: Rows, store: Store, sqlite: Path, quick: bool) -> None:
         assert p99() == p99_theirs()
         indexed = "SQLite, a row a value, indexed"
         rows.ratio("query: one series", indexed, pairs(one, one_theirs, 5 if quick else 25), "<= 0.3", unit="s")
+        file = next(store.partition("layers", "run", 0).glob("*.parquet"))
+        plain = f"SELECT step, rms FROM '{file}' WHERE layer = 25 AND site = 'resid' ORDER BY step"
+        with duckdb.connect() as bare:
+            bare_one = lambda: bare.execute(plain).fetchall()
+            found = pairs(bare_one, one_theirs, 5 if quick else 25)
+            rows.ratio("query: one series, DuckDB and the file alone", indexed, found, unit="s")
         rows.ratio(
             "query: p99 of each series",
             indexed,

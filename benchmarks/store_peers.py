@@ -80,6 +80,23 @@ def write_long(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path)
 
 
+def wide_table(values: np.ndarray) -> pa.Table:
+    """One row a layer: step, layer, and a column a metric."""
+    steps, layers, metrics = values.shape
+    keys = {
+        "step": np.repeat(np.arange(1, steps + 1), layers),
+        "layer": np.tile(np.arange(layers, dtype=np.int32), steps),
+    }
+    columns = np.ascontiguousarray(values.reshape(-1, metrics).T)
+    return pa.table(keys | dict(zip(METRICS, columns, strict=True)))
+
+
+def write_wide(path: Path, table: pa.Table) -> None:
+    """The bare layout of ours: split floats under zstd, no other keys than `long_table` has, not synced."""
+    encoding = dict.fromkeys(METRICS, "BYTE_STREAM_SPLIT") | dict.fromkeys(("step", "layer"), "DELTA_BINARY_PACKED")
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, column_encoding=encoding)
+
+
 def write_long_parts(path: Path, values: np.ndarray, steps_a_part: int) -> None:
     """A table a step from its arrays, a file of pyarrow's defaults a flush; not synced."""
     path.mkdir()
