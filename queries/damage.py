@@ -26,14 +26,20 @@ SEARCH_SECONDS = 10.0
 _TRACEBACK = re.compile(r"^Traceback .*?^(?!Traceback|\s)([^\n]+)", re.DOTALL | re.MULTILINE)
 """with the line that names the exception"""
 
-_NAMED = re.compile(r"['\"]([^'\"\n]*\.parquet)['\"]")
+_NAMED = re.compile(r"['\"]([^'\"\n]*\.(?:parquet|merged))['\"]")
 
 
 def explain(error: Exception, raw: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> QueryError | None:
     """The error to raise in place of `error`; None if it does not come from a file of the store."""
     import duckdb
 
-    bare = type(error) is duckdb.Error or isinstance(error, duckdb.InternalException | UnicodeDecodeError)
+    if "required extension" in str(error):
+        return None  # of DuckDB, not of the store
+    bare = (
+        type(error) is duckdb.Error
+        or isinstance(error, duckdb.InternalException | UnicodeDecodeError)
+        or "Parquet metadata is corrupt" in str(error)
+    )
     if not bare and not isinstance(error, duckdb.IOException | duckdb.InvalidInputException):
         return None
     text = re.sub(r"\[([\[*?])\]", r"\1", str(error))

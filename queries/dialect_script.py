@@ -64,8 +64,8 @@ _TYPES: dict[Dialect, dict[ColumnType, str]] = {
 _PARTITION_TYPES: dict[str, ColumnType] = {"run_id": "string", "rank": "int32"}
 
 _ONCE = """\
--- Right while every row is in one file: after a compaction the replaced files stay for a grace, and which ones they are
--- is told by manifests, which are not SQL. `lmt compact --grace 0` deletes them at once."""
+-- Every row is in one file of these tables, also after a compaction. While what it replaced is being deleted, for
+-- milliseconds, rows may be there twice."""
 _HEADS: dict[Dialect, str] = {
     "spark": f"""\
 -- For Spark 4.1 or later. Files are listed when a table is made: run this again to see new ones.

@@ -45,8 +45,8 @@ views there; with the name of a view, only that view and what it reads. `--diale
 
 - Every view is run on Spark in the tests, and compared with DuckDB row by row; the SQL for Trino is only parsed there.
 - `raw.<table>` is `raw_<table>` there.
-- Files that a compaction has replaced stay for a grace, and these engines would count their rows twice: run
-  `lmt compact --grace 0` before.
+- These engines see every row once, also after a compaction: what it has merged stays in `_merged/` until what
+  it replaces is deleted. While that happens, for milliseconds, rows may be there twice.
 - `time` reads UTC. The order of rows is that of your ORDER BY, whatever the view's own says.
 - SQL of yours is translated by `lm_telemetry.queries.dialect.translate(sql, "spark")`, if it keeps to the part of SQL
   that all three agree on (`lm_telemetry.queries.portable`); it is refused with the reason otherwise.

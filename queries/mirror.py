@@ -14,6 +14,7 @@ all files before every query.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import threading
@@ -27,6 +28,10 @@ from fsspec import AbstractFileSystem
 from lm_telemetry.errors import StoreError
 from lm_telemetry.queries.snapshot import MANIFESTS
 from lm_telemetry.remote import Remote
+
+_NAME = r"[^/*?\[]+"
+_MANIFEST = re.compile(rf"{MANIFESTS}/(?:run_id={_NAME}/(?:(?:attempt=\d+|compaction)/)?)?{_NAME}\.json")
+"""What is fetched. Keys of an object store are any text: one with `..` would leave the directory."""
 
 
 class Mirror:
@@ -58,30 +63,34 @@ class Mirror:
         """
         try:
             with self._mutex:
-                found = {name: facts for name, facts in self._remote.find(MANIFESTS).items() if name.endswith(".json")}
+                found = {
+                    name: facts for name, facts in self._remote.find(MANIFESTS).items() if _MANIFEST.fullmatch(name)
+                }
                 for name in self._seen.keys() - found.keys():
                     (self.path / name).unlink(missing_ok=True)
-                # Sealed lists first, and manifests in the order of their names: none names what is not here yet,
-                # but for a list that was sealed since the listing.
-                for name in sorted(found, key=lambda name: (".sealed-" not in name, name)):
-                    if self._seen.get(name) != found[name]:
-                        self._fetch(name)
+                changed = [name for name in found if self._seen.get(name) != found[name]]
+                # Lists first: then a manifest names none that is not here, but what was sealed since the listing.
+                for is_list in (True, False):
+                    self._fetch([name for name in changed if is_list is (".sealed-" in name)])
                 self._seen = found
         except StoreError:
             raise
         except Exception as error:
             raise StoreError(f"cannot read {self.url}: {type(error).__name__}: {error}", path=self.url) from error
 
-    def _fetch(self, name: str) -> None:
-        content = self._remote.read(name)
-        target = self.path / name
-        for sealed in _sealed(content):
-            if not target.with_name(sealed).exists():
-                self._fetch(str(PurePosixPath(name).with_name(sealed)))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(target)
+    def _fetch(self, names: list[str]) -> None:
+        """Copy these files, and before them lists that they name and that are not here."""
+        contents = self._remote.read_all(names)
+        lists = {str(PurePosixPath(n).with_name(sealed)) for n in contents for sealed in _sealed(contents[n])}
+        missing = [name for name in sorted(lists) if _MANIFEST.fullmatch(name) and not (self.path / name).exists()]
+        if missing:
+            self._fetch(missing)
+        for name, content in contents.items():
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(target)
 
 
 class Files(AbstractFileSystem):
@@ -92,7 +101,7 @@ class Files(AbstractFileSystem):
     def __init__(self, remote: Remote) -> None:
         super().__init__()
         self._remote = remote
-        self.protocol = remote.filesystem.protocol
+        self.protocol = remote.protocol
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         """A file, to be read (PermissionError for writing, and outside the store)."""

@@ -5,8 +5,10 @@
 
 A rank's files are its parts, less those that a compaction replaces, and the compacted files. Parts that are replaced
 stay listed by the rank that wrote them, and only listed ones are compacted, so it does not matter which of the two is
-read first: every row is seen exactly once. A rank whose manifest of an attempt is gone is read by listing its
-directories. A run with a `pruned.json` was given up by retention, and is not there.
+read first: every row is seen exactly once. Compacted files are listed by their hidden names for as long as what they
+replace is there for other readers, who go by directories. A rank whose manifest of an attempt is gone is read by
+listing its directories, too: hidden files are in none of them, and what they replace is. A run with a `pruned.json` was
+given up by retention, and is not there.
 
 Decisions:
 
@@ -40,7 +42,9 @@ PRUNED = "pruned.json"
 SETTLED = 2.0
 """Seconds after which a directory's modification time tells of every change before it."""
 
-_RUN = re.compile(r"run_id=(.+)")
+_RUN = re.compile(r"run_id=(.+)", re.DOTALL)
+_MISREAD = re.compile(r".*[?%\n].*|__HIVE_DEFAULT_PARTITION__", re.DOTALL)
+"""Names of directories that readers of hive datasets take for another text, or for NULL."""
 _ATTEMPT = re.compile(r"attempt=(\d+)")
 _RANK = re.compile(r"rank=(\d+)(\.json)?")
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
@@ -165,6 +169,13 @@ def _runs(root: str) -> tuple[set[str], dict[str, tuple[str, ...]]]:
         for entry in _entries(f"{root}/{table}"):
             if match := _RUN.fullmatch(entry):
                 tables[match[1]] = (*tables.get(match[1], ()), table)
+    misread = next(filter(_MISREAD.fullmatch, sorted(names | tables.keys())), None)
+    if misread is not None:
+        raise StoreError(
+            f"{root} has a directory {f'run_id={misread}'!r}, whose name readers of hive datasets take for another;"
+            " rename it, in each table and in the manifests, to letters, digits, '.', '_' and '-'",
+            path=root,
+        )
     return names | tables.keys(), tables
 
 
@@ -269,7 +280,7 @@ def _read_compaction(run: _Run, path: str, run_id: str, rank: int) -> None:
             for attempt, seq in bounds.items()
         }
         run.compacted[rank] = [
-            _part(table, run_id, rank, None, entry) for table, entries in document["files"].items() for entry in entries
+            _merged(table, run_id, rank, entry) for table, entries in document["files"].items() for entry in entries
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _unreadable(path, error) from error
@@ -284,7 +295,21 @@ def _sequence(file: str, table: str, run_id: str, rank: int, attempt: int) -> in
     return int(match[2])
 
 
+def _merged(table: str, run_id: str, rank: int, entry: dict[str, Any]) -> Part:
+    """A file that a compaction lists (errors as of `_part`)."""
+    part = _part(table, run_id, rank, None, entry)
+    directory = part.file.rpartition("/")[0].removeprefix("_merged/")
+    if directory != f"{table}/run_id={run_id}/rank={rank}":
+        raise ValueError(f"{part.file} is not a file of rank {rank}")
+    return part
+
+
 def _part(table: str, run_id: str, rank: int, attempt: int | None, entry: dict[str, Any]) -> Part:
+    """A part as a manifest lists it (KeyError, TypeError or ValueError if that is not how parts are listed)."""
+    facts = [entry[name] for name in ("rows", "bytes", "first_step", "last_step")]
+    if not all(fact is None or type(fact) is int for fact in facts):
+        raise TypeError(f"{entry['file']}: whole numbers were expected, {facts} came")
+    entry["file"].encode()  # a lone surrogate is a ValueError
     return Part(
         table,
         run_id,

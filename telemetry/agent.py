@@ -6,7 +6,7 @@ over, and gives it to the writer. It owns the order of things:
     begin_step -> forward_begin/forward_end (each pass; the first is observed) -> before_update/after_update -> end_step
 
 Every public method may be called from a training loop: none raises (unless `strict`), none blocks. What the agent
-costs the training thread is measured here, by instrument, and stored with each step.
+costs the training thread is measured here: in all it is stored with each step, by instrument with each capture.
 """
 
 from __future__ import annotations
@@ -131,6 +131,8 @@ class Agent:
         self._attention_tap = AttentionTap(self.topology, self._see_attention, self.guard)
         self._outer = OuterTap(outer, model, self.forward_begin, self.forward_end)
         self._clock = StepClock()
+        self.meter.reset()
+        self.schedule.settle()  # what an earlier run has left is not this one's
         self.session.start(model, continues=continues)
         if self.settings.probe is not None:
             with self.guard("freezing the probe"):
@@ -245,9 +247,10 @@ class Agent:
         """The optimizer is about to step."""
         if not self.in_step or not self._active:
             return
-        with self.meter("update"), self.guard("before an update"):
+        with self.meter("agent"), self.guard("before an update"):
             if self._wants(Tap.UPDATE):
-                self.parameters.snapshot(keep=any({Tap.UPDATE, Tap.PROBE} <= i.taps for i in self._active))
+                with self.meter("snapshot"):
+                    self.parameters.snapshot(keep=any({Tap.UPDATE, Tap.PROBE} <= i.taps for i in self._active))
             for instrument in self._active:
                 self._call(instrument, "before_update")
 
@@ -255,7 +258,7 @@ class Agent:
         """The optimizer has stepped; learning rates and gradients are still those of the step."""
         if not self.in_step:
             return
-        with self.meter("update"), self.guard("after an update"):
+        with self.meter("agent"), self.guard("after an update"):
             self._clock.saw_learning_rate(self.optimizer)
             for instrument in self._active:
                 self._call(instrument, "after_update")
@@ -282,12 +285,14 @@ class Agent:
                 packet = Packet(tensors)
                 self._describe_run()
                 notes = {name: h.note for name, h in harvests.items()}
-                self._active = []
+                fired, self._active = bool(self._active), []
             own["telemetry_seconds"] = [self.meter.seconds]
             self.meter.reset()
-            for name, note in notes.items():
-                self.session.submit(self.step, partial(self._instrument_rows, name, note, packet, own))
-            self.session.submit(self.step, partial(self._step_row, packet, own))
+            with self.meter("agent"):  # the step's account is closed: handing over is charged to the next one
+                overhead = {"overhead": self.schedule.settle()} if fired else {}
+                for name, note in notes.items():
+                    self.session.submit(self.step, partial(self._instrument_rows, name, note, packet, own))
+                self.session.submit(self.step, partial(self._step_rows, packet, own, overhead))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -302,11 +307,13 @@ class Agent:
         return tables
 
     @staticmethod
-    def _step_row(packet: Packet, step_columns: dict[str, Any]) -> Mapping[str, Columns]:
+    def _step_rows(
+        packet: Packet, step_columns: dict[str, Any], overhead: Mapping[str, Columns]
+    ) -> Mapping[str, Columns]:
         scalars = {column: array.reshape(1) for (owner, column), array in packet.open().items() if owner == "steps"}
         if "tokens" in scalars:
             scalars["tokens"] = scalars["tokens"].astype(np.int64)
-        return {"steps": {**step_columns, **scalars}}
+        return {"steps": {**step_columns, **scalars}, **overhead}
 
     def _harvest(self) -> dict[str, Harvest]:
         harvests: dict[str, Harvest] = {}
@@ -323,7 +330,13 @@ class Agent:
         arguments = {k: v for k, v in forward.batch.items() if k not in {"past_key_values", "use_cache"}}
         try:
             self._install_taps(self._active)
-            with self._own_forwards(), preserved(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with (
+                self.meter("shadow"),
+                self._own_forwards(),
+                preserved(self.model),
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+            ):
                 self._arm(forward)
                 self.model(**arguments)
         finally:

@@ -65,6 +65,7 @@ class Metric:
 TABLES: dict[str, str] = {
     "runs": "one row per attempt of a run: what was trained, with what, where",
     "steps": "one row per optimizer step",
+    "overhead": "one row per instrument and step on which one fired: what it took of the training thread",
     "layers": "one row per layer, site and step: moments and geometry of activations",
     "heads": "one row per layer, head and step: statistics of attention rows",
     "key_mass": "one row per layer, head and step: which keys attention goes to, over all queries",
@@ -209,6 +210,23 @@ CATALOGUE: tuple[Metric, ...] = (
             "seconds",
             "telemetry_seconds",
         ),
+    ),
+    *_rows(
+        "overhead",
+        Cost.FREE,
+        [
+            (
+                "instrument",
+                "string",
+                "",
+                "instrument, or what they share: `shadow` forward, parameters' `snapshot`, `agent` (taps, bookkeeping)",
+            ),
+            ("seconds", "float64", "s", "wall time it took on the training thread since its last row"),
+            ("captures", "int64", "1", "captures it made since its last row; NULL for what instruments share"),
+            ("every", "int64", "steps", "cadence it is set to; NULL for what instruments share"),
+        ],
+        exported=("seconds", "captures"),
+        keys=("instrument",),
     ),
     *_rows(
         "layers",

@@ -1,24 +1,30 @@
 """Compaction: many small parts of a rank become a few large sorted files, under readers and beside its live writer.
 
-    <store>/<table>/run_id=<id>/rank=<r>/compact-<generation>-<n>.parquet
+    <store>/_merged/<table>/run_id=<id>/rank=<r>/compact-<generation>-<n>.merged    at first
+    <store>/<table>/run_id=<id>/rank=<r>/compact-<generation>-<n>.parquet           when what it replaces is deleted
     <store>/_manifests/run_id=<id>/compaction/rank=<r>.json
 
-The one file that decides is the compaction's manifest. It lists the compacted files and, for each table and attempt,
-the sequence number below which parts are replaced by them; it is put in place whole, so a reader sees the rows in the
-parts or in the compacted files, never in both and never in neither. The writer's own manifest is not touched.
+For our readers the one file that decides is the compaction's manifest. It lists the compacted files and, for each table
+and attempt, the sequence number below which parts are replaced by them; it is put in place whole, so they see the rows
+in the parts or in the compacted files, never in both and never in neither. The writer's own manifest is not touched.
 
 Decisions:
 
-- A file holds whole consecutive parts of `FILE_ROWS` rows or a little more, sorted by what the rows are about and then
-  by step, in row groups of `GROUP_ROWS`. So one series of a long run is a few row groups, and the last steps are one
-  file. A file that is full is never written again: a run that is compacted often costs no more in all.
+- A file holds whole consecutive parts of `FILE_ROWS` rows or a little more, sorted (`merging`), in row groups of
+  `GROUP_ROWS`. So the last steps are one file. A file that is full is never written again: a run that is compacted
+  often costs no more in all.
 - What was replaced is deleted only after a grace, for queries that have resolved their files already. A rename or an
   immediate deletion gives a reader who globs wrong answers.
+- Until then the compacted file is hidden from readers who do not know our manifests (`visibility`): they go on reading
+  what it replaces. After the grace it is given its visible name, and what it replaces is deleted at once; the manifest
+  then lists the visible name, and the hidden one goes another grace later. So ours are given no name that is about to
+  go. Others may meet its rows twice, never not at all, while those files are being deleted: milliseconds.
+- A file is not merged again while it is hidden, so that what is hidden has only visible files to wait for.
 - Each compacted file says in its metadata which parts it holds (`coverage`), so that `repair` can write the manifest
-  anew. A file that the manifest does not know is deleted only if its rows are elsewhere.
+  anew.
 - One compactor a rank at a time, by a lock that dies with its holder. Whoever finds it taken leaves the rank alone.
 
-What a compactor that was killed has left is removed by the next.
+What a compactor that was killed has left is removed (`leftovers`) or brought to its end by the next.
 
 Left out: merging ranks or runs; giving up old runs (`retention`); when to compact (`upkeep`).
 """
@@ -27,6 +33,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,13 +41,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lm_telemetry.catalogue import columns
-from lm_telemetry.coverage import KEY, Coverage, coverage, encode, has, union
 from lm_telemetry.errors import StoreError
-from lm_telemetry.schema import ALL_TABLES, FORMAT_VERSION, schema
-from lm_telemetry.store import PartInfo, Store, put_json, put_rows, sequence
+from lm_telemetry.leftovers import remove_leftovers
+from lm_telemetry.merging import merge, read_source
+from lm_telemetry.schema import FORMAT_VERSION
+from lm_telemetry.store import PartInfo, Store, make_durable_directory, put_json, put_rows, sequence
+from lm_telemetry.visibility import hidden_partition, is_hidden, is_shown, show, sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +74,7 @@ class Compacted:
     bytes_before: int = 0
     bytes_after: int = 0
     deleted: int = 0
+    """replaced files"""
     busy: bool = False
     """another process is compacting this rank"""
 
@@ -75,6 +83,8 @@ def compact(
     store: Store, run_id: str, rank: int, *, grace_seconds: float = GRACE_SECONDS, file_rows: int = FILE_ROWS
 ) -> Compacted:
     """Merge what one rank has written so far, and delete what was replaced `grace_seconds` ago or earlier.
+
+    Without a grace that includes what this very call replaces.
 
     Raises:
         StoreError: a manifest or a part cannot be read, or nothing can be written; readers still see all rows.
@@ -90,6 +100,8 @@ def compact(
 def delete_retired(store: Store, run_id: str, rank: int, *, grace_seconds: float = GRACE_SECONDS) -> int:
     """Delete what a compaction of this rank replaced `grace_seconds` ago or earlier; how many files.
 
+    What replaces them becomes visible to all readers.
+
     Raises:
         StoreError: the manifest cannot be read or written, or a file not be deleted.
     """
@@ -97,7 +109,17 @@ def delete_retired(store: Store, run_id: str, rank: int, *, grace_seconds: float
     if not any(_is_due(entry, grace_seconds) for entry in retired):
         return 0
     with _alone(store, run_id, rank) as files:
-        return 0 if files is None else files.delete_retired(grace_seconds)
+        return 0 if files is None or store.is_pruned(run_id) else files.settle(grace_seconds)[0]
+
+
+def finish(store: Store, run_id: str, rank: int) -> list[str]:
+    """Make visible what a compactor was about to when it was killed, for a caller who has the rank's lock; the files.
+
+    Raises:
+        StoreError: the manifest cannot be read.
+        OSError: it cannot be written, or a file not be deleted.
+    """
+    return _Rank(store, run_id, rank).settle(math.inf)[1]
 
 
 @contextmanager
@@ -125,34 +147,37 @@ class _Rank:
         self._retired: list[dict[str, str]] = document["retired"]
 
     def compact(self, grace_seconds: float, file_rows: int) -> Compacted:
-        self._remove_leftovers()
-        deleted = self._delete_retired(grace_seconds)
+        listed = [file for files in self._files.values() for file in files]
+        remove_leftovers(self._store, self._run_id, self._rank, listed, [entry["file"] for entry in self._retired])
+        deleted, _ = self.settle(grace_seconds)
         self._generation += 1
         before = after = 0
         bytes_before = bytes_after = 0
-        replaced: list[PartInfo] = []
-        for table, parts in self._live_parts().items():
-            kept = [f for f in self._files.get(table, []) if f.rows >= file_rows]
-            open_files = [f for f in self._files.get(table, []) if f.rows < file_rows]
+        replaced: list[tuple[PartInfo, PartInfo]] = []
+        live = self._live_parts()
+        for table in {**self._files, **live}:
+            files, parts = self._files.get(table, []), live.get(table, [])
+            open_files = [f for f in files if f.rows < file_rows and not is_hidden(f.file)]
             sources = [*open_files, *(part for _, _, part in parts)]
-            before += len(kept) + len(sources)
+            before += len(files) + len(parts)
             if len(sources) < 2:
-                after += len(kept) + len(sources)
+                after += len(files) + len(parts)
                 continue
             written = self._write(table, sources, file_rows)
-            self._files[table] = [*kept, *written]
+            self._files[table] = [*(f for f in files if f not in open_files), *(file for file, _ in written)]
             bounds = self._replaces.setdefault(table, {})
             for attempt, seq, _ in parts:
                 bounds[str(attempt)] = max(bounds.get(str(attempt), 0), seq + 1)
-            replaced += sources
-            after += len(kept) + len(written)
+            replaced += [(source, file) for file, merged in written for source in merged]
+            after += len(self._files[table])
             bytes_before += sum(source.bytes for source in sources)
-            bytes_after += sum(file.bytes for file in written)
-        if replaced or deleted:
+            bytes_after += sum(file.bytes for file, _ in written)
+        if replaced:
             # The grace begins when readers stop to be given the files, not when their rows were copied.
             now = _now()
-            self._retired += [{"file": source.file, "at": now} for source in replaced]
+            self._retired += [{"file": source.file, "at": now, "by": file.file} for source, file in replaced]
             self._put()
+            deleted += self.settle(grace_seconds)[0]
         return Compacted(
             run_id=self._run_id,
             rank=self._rank,
@@ -173,69 +198,68 @@ class _Rank:
                     live.setdefault(part.table, []).append((attempt, seq, part))
         return live
 
-    def _remove_leftovers(self) -> None:
-        """Delete what a compactor that was killed had written and not brought into its manifest."""
-        known = {file.file for files in self._files.values() for file in files} | {r["file"] for r in self._retired}
-        for table in ALL_TABLES:
-            directory = self._store.partition(table, self._run_id, self._rank)
-            for path in directory.glob("compact-*.parquet"):
-                if str(path.relative_to(self._store.path)) in known:
-                    continue
-                if not self._is_spare(table, path):
-                    raise StoreError(
-                        f"{path} has rows that no other file has, and the compaction's manifest {self._path} does not"
-                        " know it; `lmt verify --repair` brings it in",
-                        path=str(path),
-                    )
-                path.unlink(missing_ok=True)
-            for path in directory.glob(".compact-*.tmp"):
-                path.unlink(missing_ok=True)
-        for path in self._path.parent.glob(f".{self._path.name}.*.tmp"):
-            path.unlink(missing_ok=True)
-
-    def _is_spare(self, table: str, path: Path) -> bool:
-        """Whether all that a compacted file covers is there as parts or in files of the manifest."""
-        covered = coverage(path.name, pq.read_schema(path).metadata)
-        files = [self._store.path / file.file for file in self._files.get(table, [])]
-        listed = union(coverage(file.name, pq.read_schema(file).metadata) or {} for file in files)
-        return covered is not None and all(
-            has(listed, attempt, seq) or path.with_name(f"part-{attempt}-{seq}.parquet").exists()
-            for attempt, spans in covered.items()
-            for lo, hi in spans
-            for seq in range(lo, hi)
-        )
-
-    def _write(self, table: str, sources: list[PartInfo], file_rows: int) -> list[PartInfo]:
-        """The rows of `sources` in new files."""
-        written: list[PartInfo] = []
-        waiting: list[pa.Table] = []
+    def _write(self, table: str, sources: list[PartInfo], file_rows: int) -> list[tuple[PartInfo, list[PartInfo]]]:
+        """The rows of `sources` in new hidden files, each with those whose rows it has."""
+        written: list[tuple[PartInfo, list[PartInfo]]] = []
+        waiting: list[PartInfo] = []
+        pieces: list[pa.Table] = []
+        directory = hidden_partition(self._store, table, self._run_id, self._rank)
+        if not directory.is_dir():
+            make_durable_directory(directory, below=self._store.path)
         for source in sources:
-            waiting.append(self._read(source))
-            if source is sources[-1] or sum(rows.num_rows for rows in waiting) >= file_rows:
-                name = f"compact-{self._generation}-{len(written)}.parquet"
-                target = self._store.partition(table, self._run_id, self._rank) / name
-                rows = _sorted(table, _unified(table, waiting))
-                written.append(put_rows(self._store.path, target, rows, table=table, row_group_size=GROUP_ROWS))
-                waiting.clear()
+            waiting.append(source)
+            pieces.append(read_source(self._store.path, source))
+            if source is sources[-1] or sum(rows.num_rows for rows in pieces) >= file_rows:
+                target = directory / f"compact-{self._generation}-{len(written)}.merged"
+                rows = merge(table, pieces)
+                file = put_rows(self._store.path, target, rows, table=table, row_group_size=GROUP_ROWS)
+                written.append((file, waiting))
+                waiting, pieces = [], []
         return written
 
-    def _read(self, source: PartInfo) -> pa.Table:
-        """The rows of a file, with what it covers in the metadata of its schema.
+    def settle(self, grace_seconds: float) -> tuple[int, list[str]]:
+        """Delete what is due, and make visible what replaces it: how many replaced files, and which are visible now."""
+        deleted, shown = 0, []
+        while (done := self._settle_once(grace_seconds)) is not None:
+            deleted += done[0]
+            shown += done[1]
+        return deleted, shown
 
-        Raises:
-            StoreError: it cannot be read, or has not the rows it should have.
-        """
-        path = self._store.path / source.file
-        try:
-            rows = pq.read_table(path, partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(path, str(error)) from error
-        if rows.num_rows != source.rows:
-            raise _damaged(path, f"{source.rows} rows were expected, {rows.num_rows} came")
-        covered = coverage(source.file, rows.schema.metadata)
-        if covered is None:
-            raise _damaged(path, "it does not say which parts it holds")
-        return rows.replace_schema_metadata({KEY: encode(covered)})
+    def _settle_once(self, grace_seconds: float) -> tuple[int, list[str]] | None:
+        """As `settle`, up to one change of the manifest; None if there is nothing to do."""
+        root = self._store.path
+        waiting: dict[str, list[dict[str, str]]] = {}
+        for entry in self._retired:
+            waiting.setdefault(entry["by"], []).append(entry)
+        hidden = [file for files in self._files.values() for file in files if is_hidden(file.file)]
+        # What has its visible name already was due in the eyes of a compactor that was killed then.
+        ready = [
+            file
+            for file in hidden
+            if is_shown(root, file) or all(_is_due(e, grace_seconds) for e in waiting.get(file.file, ()))
+        ]
+        names = {file.file for file in hidden}
+        free = [e for e in self._retired if e["by"] not in names and _is_due(e, grace_seconds)]
+        if not ready and not free:
+            return None
+        shown: dict[str, PartInfo] = {}
+        gone = list(free)
+        for file in ready:
+            shown[file.file] = show(root, file)
+            for entry in waiting.get(file.file, ()):  # nothing between: others meet the rows twice until this is done
+                (root / entry["file"]).unlink(missing_ok=True)
+            gone += waiting.get(file.file, ())
+        for file in shown.values():
+            sync(root, file)
+        for entry in free:
+            (root / entry["file"]).unlink(missing_ok=True)
+        now = _now()
+        self._files = {table: [shown.get(f.file, f) for f in files] for table, files in self._files.items()}
+        names = {entry["file"] for entry in gone}
+        self._retired = [entry for entry in self._retired if entry["file"] not in names]
+        self._retired += [{"file": file, "at": now, "by": ""} for file in shown]
+        self._put()
+        return sum(not is_hidden(entry["file"]) for entry in gone), [file.file for file in shown.values()]
 
     def _put(self) -> None:
         write_compaction(
@@ -246,19 +270,6 @@ class _Rank:
             retired=self._retired,
         )
 
-    def delete_retired(self, grace_seconds: float) -> int:
-        deleted = self._delete_retired(grace_seconds)
-        if deleted:
-            self._put()
-        return deleted
-
-    def _delete_retired(self, grace_seconds: float) -> int:
-        due = [entry for entry in self._retired if _is_due(entry, grace_seconds)]
-        for entry in due:
-            (self._store.path / entry["file"]).unlink(missing_ok=True)
-        self._retired = [entry for entry in self._retired if entry not in due]
-        return len(due)
-
 
 def _is_due(retired: dict[str, str], grace_seconds: float) -> bool:
     return (datetime.now(UTC) - datetime.fromisoformat(retired["at"])).total_seconds() >= grace_seconds
@@ -266,6 +277,8 @@ def _is_due(retired: dict[str, str], grace_seconds: float) -> bool:
 
 def read_compaction(path: Path) -> dict[str, Any]:
     """The compaction's manifest at `path`; an empty one if there is none.
+
+    Of what is retired, `by` is the hidden file that replaces it, for which it stays until that becomes visible.
 
     Raises:
         StoreError: it is there and cannot be read.
@@ -278,7 +291,11 @@ def read_compaction(path: Path) -> dict[str, Any]:
             "replaces": {t: {str(int(a)): int(seq) for a, seq in b.items()} for t, b in document["replaces"].items()},
             "files": {t: [PartInfo(table=t, **entry) for entry in files] for t, files in document["files"].items()},
             "retired": [
-                {"file": str(e["file"]), "at": datetime.fromisoformat(e["at"]).isoformat(timespec="milliseconds")}
+                {
+                    "file": str(e["file"]),
+                    "at": datetime.fromisoformat(e["at"]).isoformat(timespec="milliseconds"),
+                    "by": str(e.get("by", "")),
+                }
                 for e in document["retired"]
             ],
         }
@@ -309,40 +326,6 @@ def write_compaction(
         "retired": retired,
     }
     put_json(path, document)
-
-
-def sort_keys(table: str) -> list[str]:
-    """What a table's compacted files are sorted by: what the rows are about, then when."""
-    stamps = ("step", "attempt", "time")
-    about = [m.name for m in columns(table) if m.key and m.name not in stamps]
-    return [*about, "step", "attempt"]
-
-
-def _unified(table: str, pieces: list[pa.Table]) -> pa.Table:
-    """The pieces as one table: the catalogue's columns first, then what only the files have. It covers what they do."""
-    wanted = pa.unify_schemas([schema(table), *(piece.schema for piece in pieces)], promote_options="permissive")
-    covered: list[Coverage] = [found for piece in pieces if (found := coverage("", piece.schema.metadata))]
-    wanted = wanted.with_metadata({**(schema(table).metadata or {}), KEY: encode(union(covered))})
-    return pa.concat_tables(
-        [
-            pa.Table.from_arrays(
-                [
-                    piece[f.name].cast(f.type) if f.name in piece.column_names else pa.nulls(piece.num_rows, f.type)
-                    for f in wanted
-                ],
-                schema=wanted,
-            )
-            for piece in pieces
-        ]
-    )
-
-
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {why}; `lmt verify --repair` puts it aside", path=str(path))
-
-
-def _sorted(table: str, rows: pa.Table) -> pa.Table:
-    return rows.sort_by([(key, "ascending") for key in sort_keys(table)])
 
 
 @contextmanager

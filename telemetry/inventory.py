@@ -19,6 +19,7 @@ from lm_telemetry.compaction import read_compaction
 from lm_telemetry.errors import StoreError
 from lm_telemetry.schema import ALL_TABLES, FORMAT_VERSION, schema
 from lm_telemetry.store import MANIFESTS, PART_NAME, Manifest, PartInfo
+from lm_telemetry.visibility import compact_key, hidden_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
     from lm_telemetry.store import Store
 
-COMPACT_NAME = re.compile(r"compact-(\d+)-(\d+)\.parquet")
-"""generation, number"""
-
-_RUN = re.compile(r"run_id=(.+)")
+_RUN = re.compile(r"run_id=(.+)", re.DOTALL)  # a stranger may have put a line break into a name
 _RANK = re.compile(r"rank=(\d+)(\.json)?")
 _CHUNK = 1 << 20
 
@@ -53,7 +51,7 @@ class Inventory:
     generation: int = 0
     compaction_error: str | None = None
     disk: dict[str, dict[str, Path]] = field(default_factory=dict)
-    """visible files by table and name"""
+    """files by table and name, hidden compacted ones too"""
     temporaries: list[Path] = field(default_factory=list)
 
     @classmethod
@@ -66,6 +64,11 @@ class Inventory:
                     found.temporaries.append(path)
                 else:
                     found.disk.setdefault(table, {})[path.name] = path
+        for table, path in hidden_files(store, run_id, rank):
+            if compact_key(found.relative(path)):
+                found.disk.setdefault(table, {})[path.name] = path
+            else:
+                found.temporaries.append(path)
         for attempt in store.attempts(run_id):
             if store.manifest_path(run_id, rank, attempt).exists():
                 try:
@@ -127,7 +130,7 @@ def metadata(path: Path) -> dict[bytes, bytes]:
     """What a Parquet file says of itself; nothing if it cannot be read."""
     try:
         return dict(pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, ValueError):
         return {}
 
 

@@ -89,7 +89,7 @@ class Lane:
             OSError, StoreError: the spool cannot be read or written.
         """
         directory = _directory(spool, run_id, attempt)
-        if _is_finished(directory / f"rank={rank}.json", spool.manifest_path(run_id, rank, attempt)):
+        if is_finished(spool, run_id, rank, attempt):
             return None
         directory.mkdir(parents=True, exist_ok=True)
         held = ExitStack()
@@ -129,16 +129,20 @@ class Lane:
             StoreError: the manifest in the spool cannot be read.
         """
         with self._mutex:
-            self._manifest_time = _modified(self._spool.manifest_path(self._run_id, self._rank, self._attempt))
+            # From before the reading, and kept only after it: a manifest that cannot be read is never a finished one.
+            modified = _modified(self._spool.manifest_path(self._run_id, self._rank, self._attempt))
             manifest = self._spool.read_manifest(self._run_id, self._rank, self._attempt)
             if len(manifest.sealed) != self._sealed_seen:
                 self._sealed_seen = len(manifest.sealed)
                 manifest = self._spool.read_manifest(self._run_id, self._rank, self._attempt, whole=True)
+            self._manifest_time = modified
             found = [(self._written(part), part) for part in manifest.parts if self._is_unseen(part)]
             # One table's parts may be listed long before another's: the order is that of writing.
             for written, part in sorted(found, key=lambda pair: (pair[0] or 0, sequence(pair[1]))):
                 self._next_seq[part.table] = max(self._next_seq.get(part.table, 0), sequence(part) + 1)
-                if written is None:
+                if written is None and self._greeted:
+                    self._listed.lost.append(self._renamed(part))
+                elif written is None:
                     self._missing.append(part)
                 else:
                     self._waiting[part.file] = part
@@ -159,31 +163,47 @@ class Lane:
             self._write_note()
             with self._mutex:
                 self._listed.lost = [self._renamed(part) for part in self._listed.lost]
-        self._account_for_missing(remote)
-        self._greeted = True
+        known = self._all_listed(remote) if self._missing else set()
+        with self._mutex:
+            # Of parts whose files were gone when the lane was taken, those that the remote does not list are lost.
+            gone = map(self._renamed, self._missing)
+            self._listed.lost += [part for part in gone if part.file not in known]
+            self._missing.clear()
+            self._greeted = True
         return apart
 
     def ship(self, remote: Remote) -> PartInfo | None:
-        """Copy the oldest part that waits to the remote; None if none does."""
-        with self._mutex:
-            part = next(iter(self._waiting.values()), None)
-            if part is None:
-                return None
-            self._shipping = part.file
-        path = self._spool.path / part.file
-        is_there = path.exists()
-        try:
-            if is_there:
-                remote.put(self._renamed(part).file, path)
-        finally:
+        """Copy the oldest part that waits to the remote; None if none does. Parts whose files are gone are lost.
+
+        Raises:
+            StoreError: its file cannot be read.
+        """
+        while (part := self._next()) is not None:
+            path = self._spool.path / part.file
+            try:
+                is_there = _is_readable(path)
+                if is_there:
+                    remote.put(self._renamed(part).file, path)
+            except BaseException:
+                with self._mutex:
+                    self._shipping = None
+                raise
             with self._mutex:
                 self._shipping = None
-        with self._mutex:
-            self._forget(part)
-            (self._listed.parts if is_there else self._listed.lost).append(self._renamed(part))
-            self._spent.append(path)
-            self._is_new = True
+                self._forget(part)
+                (self._listed.parts if is_there else self._listed.lost).append(self._renamed(part))
+                self._spent.append(path)
+                self._is_new = True
+            if is_there:
+                break
         return part
+
+    def _next(self) -> PartInfo | None:
+        """The oldest part that waits, which is being shipped from now on."""
+        with self._mutex:
+            part = next(iter(self._waiting.values()), None)
+            self._shipping = None if part is None else part.file
+            return part
 
     def publish(self, remote: Remote) -> None:
         """Have the remote list what was shipped, and remove it here."""
@@ -232,35 +252,30 @@ class Lane:
 
     def _resume(self, remote: Remote, there: dict[str, Any]) -> None:
         """Go on from the manifest that an earlier process, or an unanswered request, has put there."""
+        sealed = list(there["sealed"])
+        parts, lost = listed_parts(there["parts"]), listed_parts(there.get("lost", {}))
+        known = {part.file for part in [*parts, *lost, *self._in_sealed(remote, sealed)]}
         with self._mutex:
-            given_up = self._listed.lost
-            self._listed.sealed = list(there["sealed"])
-            self._listed.parts = listed_parts(there["parts"])
-            self._listed.lost = listed_parts(there.get("lost", {}))
-        known = self._all_listed(remote)
-        with self._mutex:
-            self._listed.lost += [part for part in given_up if part.file not in known]
+            self._listed.sealed, self._listed.parts = sealed, parts
+            self._listed.lost = lost + [part for part in self._listed.lost if part.file not in known]
             for part in [p for p in self._waiting.values() if self._renamed(p).file in known]:
                 self._forget(part)
                 self._spent.append(self._spool.path / part.file)
             self._is_new = True
 
-    def _account_for_missing(self, remote: Remote) -> None:
-        """Of parts whose files were gone when the lane was taken: those that the remote does not list are lost."""
-        if self._missing:
-            known = self._all_listed(remote)
-            with self._mutex:
-                lost = [self._renamed(part) for part in self._missing if self._renamed(part).file not in known]
-                self._listed.lost += lost
-                self._missing.clear()
-
     def _all_listed(self, remote: Remote) -> set[str]:
         """Names of all files that the remote lists, as parts or as lost."""
-        listed = [*self._listed.parts, *self._listed.lost]
-        for name in self._listed.sealed:
+        with self._mutex:
+            listed = [*self._listed.parts, *self._listed.lost]
+        return {part.file for part in [*listed, *self._in_sealed(remote, self._listed.sealed)]}
+
+    def _in_sealed(self, remote: Remote, names: list[str]) -> list[PartInfo]:
+        """What the sealed lists there name, as parts or as lost."""
+        found = []
+        for name in names:
             document = remote.read_json(f"{self._remote_directory()}/{name}")
-            listed += listed_parts(document["parts"]) + listed_parts(document.get("lost", {}))
-        return {part.file for part in listed}
+            found += listed_parts(document["parts"]) + listed_parts(document.get("lost", {}))
+        return found
 
     def _document(self) -> dict[str, Any]:
         document = {
@@ -321,13 +336,24 @@ class Lane:
         put_json(self._note, {"launch": self._launch, "run_id": self._remote_run, "finished": finished})
 
 
-def _is_finished(note: Path, manifest: Path) -> bool:
+def is_finished(spool: Store, run_id: str, rank: int, attempt: int) -> bool:
     """Whether an earlier process has brought all of the lane to the remote, and nothing was written since."""
     try:
-        finished = json.loads(note.read_bytes())["finished"]
+        finished = json.loads((_directory(spool, run_id, attempt) / f"rank={rank}.json").read_bytes())["finished"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(finished) and finished == _modified(manifest)
+    return bool(finished) and finished == _modified(spool.manifest_path(run_id, rank, attempt))
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file is there; StoreError if it cannot be read, which is no fault of the remote."""
+    try:
+        with path.open("rb"):
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}", path=str(path)) from error
 
 
 def _modified(path: Path) -> int:

@@ -2,14 +2,15 @@
 
 Which compacted files are in force follows from what each says it covers: those in force before, then the newest, none
 that holds a part twice, and none whose parts are all there anyway. Parts below the last that is covered, and not
-covered, are listed beside them, so that the one bound per attempt of the compaction's manifest still holds.
+covered, are listed beside them, so that the one bound per attempt of the compaction's manifest still holds. Of a file
+that is there under both its names, the hidden one is taken: `finish` makes it visible for good, and deletes what it
+replaces.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -17,10 +18,13 @@ import pyarrow.parquet as pq
 
 from lm_telemetry.compaction import write_compaction
 from lm_telemetry.coverage import Coverage, has, overlap, union
-from lm_telemetry.inventory import COMPACT_NAME, part_key
+from lm_telemetry.inventory import part_key
 from lm_telemetry.store import Manifest, PartInfo
+from lm_telemetry.visibility import compact_key, is_hidden, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lm_telemetry.inventory import Inventory
     from lm_telemetry.quarantine import Log
 
@@ -58,18 +62,20 @@ class _Rebuild:
         """Files that stand for replaced parts, and the coverage of the compacted ones among them."""
         current = {file.file for file in self._inventory.compacted.get(table, [])}
         whole = self._compact.get(table, [])
+        names = {file.file for file, _ in whole}
         parts = self._parts.get(table, {})
 
-        def preference(entry: tuple[PartInfo, Coverage]) -> tuple[bool, list[int]]:
-            """Those in force first, then the newest."""
-            match = COMPACT_NAME.fullmatch(Path(entry[0].file).name)
-            return entry[0].file not in current, [-int(number) for number in match.groups()] if match else []
+        def preference(entry: tuple[PartInfo, Coverage]) -> tuple[bool, list[int], bool]:
+            """Those in force first, then the newest, then by the hidden name."""
+            file = entry[0].file
+            return file not in current, [-number for number in compact_key(file) or ()], not is_hidden(file)
 
         files: list[PartInfo] = []
         covered: Coverage = {}
         for file, mine in sorted(whole, key=preference):
             keys = [(attempt, seq) for attempt, spans in mine.items() for lo, hi in spans for seq in range(lo, hi)]
-            is_needed = file.file in current or any(key not in parts for key in keys)
+            is_shown = is_hidden(file.file) and visible(file.file) in names
+            is_needed = file.file in current or is_shown or any(key not in parts for key in keys)
             if keys and is_needed and not overlap(covered, mine):
                 files.append(file)
                 covered = union([covered, mine])
@@ -170,12 +176,9 @@ class _Rebuild:
         inventory = self._inventory
         files = {table: found for table, (found, _) in chosen.items() if found}
         replaces = {table: _bounds(covered) for table, (_, covered) in chosen.items() if covered}
-        kept = {file.file for found in files.values() for file in found}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         # Nothing else: a part that was to be deleted may be all that is left of its rows.
-        spare = [file.file for table in chosen for file, _ in self._compact.get(table, []) if file.file not in kept]
-        for table, (_, covered) in chosen.items():
-            spare += [part.file for key, part in self._parts.get(table, {}).items() if has(covered, *key)]
+        spare = {file: by for table, (found, _) in chosen.items() for file, by in self._spare(table, found)}
         retired = {file: inventory.retired.get(file, now) for file in spare}
         before = {table: {file.file: file for file in found} for table, found in inventory.compacted.items()}
         after = {table: {file.file: file for file in found} for table, found in files.items()}
@@ -188,19 +191,33 @@ class _Rebuild:
             inventory.compaction_path.unlink(missing_ok=True)
             self._log.note("compaction", inventory.compaction_path, "removed: nothing is compacted any more")
             return
-        names = [name for found in inventory.disk.values() for name in found]
-        generation = max([inventory.generation, *(int(m[1]) for n in names if (m := COMPACT_NAME.fullmatch(n)))])
+        paths = [inventory.relative(path) for found in inventory.disk.values() for path in found.values()]
+        generation = max([inventory.generation, *(key[0] for path in paths if (key := compact_key(path)))])
         write_compaction(
             inventory.compaction_path,
             generation=generation,
             replaces={table: {str(a): seq for a, seq in bounds.items()} for table, bounds in replaces.items()},
             files=files,
-            retired=[{"file": file, "at": at} for file, at in retired.items()],
+            retired=[{"file": file, "at": at, "by": spare[file]} for file, at in retired.items()],
         )
         count = sum(map(len, files.values()))
         self._log.note(
             "compaction", inventory.compaction_path, f"written anew: {count} files, {len(retired)} to be deleted"
         )
+
+    def _spare(self, table: str, chosen: list[PartInfo]) -> Iterator[tuple[str, str]]:
+        """Files of a table whose rows are in chosen ones, each with the chosen one that is hidden while it is there."""
+        kept = {file.file for file in chosen}
+        compacted = [(file.file, covered) for file, covered in self._compact.get(table, [])]
+        in_force = [(file, covered) for file, covered in compacted if file in kept]
+        second_names = {visible(file) for file in kept if is_hidden(file)}
+        others = [(file, covered) for file, covered in compacted if file not in kept | second_names]
+        others += [(p.file, {key[0]: [(key[1], key[1] + 1)]}) for key, p in sorted(self._parts.get(table, {}).items())]
+        everything = union(covered for _, covered in in_force)
+        for file, mine in others:
+            if compact_key(file) or overlap(everything, mine):
+                by = (name for name, covered in in_force if is_hidden(name) and overlap(covered, mine))
+                yield file, "" if is_hidden(file) else next(by, "")
 
 
 def _bounds(covered: Coverage) -> dict[int, int]:

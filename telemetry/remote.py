@@ -6,6 +6,8 @@ Decisions:
   recorded with the run, so one that holds a password is refused.
 - Nothing is cached, and each owner has a filesystem object of its own: listings must be of now, and not all filesystems
   can be shared by threads.
+- The filesystem is opened at its first use, since some (SFTP) connect as they are opened. `renew` opens it again: such
+  a connection does not outlive an outage.
 - Filesystems raise whatever their client libraries raise, and may not answer for minutes. `answer` bounds the wait.
 
 Object stores replace a file as a whole. Of others (SFTP) a reader may meet half a manifest, and has to look again.
@@ -19,13 +21,14 @@ import errno
 import json
 import re
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lm_telemetry.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")
@@ -54,7 +57,7 @@ class Remote:
 
     Attributes:
         url: the directory, without a slash at its end.
-        filesystem: the fsspec filesystem.
+        protocol: what the filesystem calls itself, one name or several.
 
     Raises:
         StoreError: the URL is not one of a store, or the package that its filesystem takes is not installed.
@@ -66,15 +69,31 @@ class Remote:
         if wrong is not None:
             raise StoreError(f"expected {wrong}; got {urlsplit(url).scheme}://...", path=urlsplit(url).scheme)
         try:
-            from fsspec.core import url_to_fs
+            from fsspec import get_filesystem_class
 
-            self.filesystem, self._path = url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
+            self.protocol: str | tuple[str, ...] = get_filesystem_class(self.url.partition("://")[0]).protocol
         except (ImportError, ValueError) as error:
             raise StoreError(
                 f"cannot open {self.url}: {error}; `pip install 'lm-telemetry[remote]'` brings S3, other filesystems"
                 " take the package that fsspec names for them",
                 path=self.url,
             ) from error
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec filesystem; the first time, whatever it raises when it cannot connect."""
+        return self._opened[0]
+
+    def renew(self) -> None:
+        """Have the next call open the filesystem again, with what connection and credentials there are then."""
+        self.__dict__.pop("_opened", None)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        filesystem, path = url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
+        return filesystem, str(path).rstrip("/")
 
     def put(self, name: str, file: Path) -> None:
         """Copy a local file there."""
@@ -109,6 +128,16 @@ class Remote:
         content: bytes = self.filesystem.cat_file(self._full(name))
         return content
 
+    def read_all(self, names: Collection[str]) -> dict[str, bytes]:
+        """Many files' bytes, by name (FileNotFoundError if one is not there), at once where the filesystem can.
+
+        Names must not look like patterns.
+        """
+        if not names:
+            return {}
+        found = self.filesystem.cat([self._full(name) for name in names])
+        return {self._relative(path): content for path, content in found.items()}
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object (FileNotFoundError if there is none, ValueError if it is something else)."""
         document = json.loads(self.read(name))
@@ -121,15 +150,24 @@ class Remote:
         found = self.filesystem.find(self._full(name), detail=True)
         return {self._relative(path): repr(sorted(facts.items())) for path, facts in dict(found).items()}
 
+    def sizes(self) -> dict[str, int]:
+        """All files of the directory, by name, with their bytes."""
+        found = self.filesystem.find(self._opened[1], detail=True)
+        return {self._relative(path): int(facts["size"]) for path, facts in dict(found).items()}
+
+    def open(self, name: str) -> Any:
+        """A file to be read piece by piece (FileNotFoundError if there is none)."""
+        return self.filesystem.open(self._full(name), "rb")
+
     def glob(self, pattern: str) -> list[str]:
         """Names that match."""
         return [self._relative(path) for path in self.filesystem.glob(self._full(pattern))]
 
     def _relative(self, path: str) -> str:
-        return path.removeprefix(f"{self._path.rstrip('/')}/")
+        return path.removeprefix(f"{self._opened[1]}/")
 
     def _full(self, name: str) -> str:
-        return f"{self._path}/{name}"
+        return f"{self._opened[1]}/{name}"
 
     def _write(self, name: str, write: Callable[[str], Any]) -> None:
         """Write a file, and make its directory first where there are such things; buckets are never made."""

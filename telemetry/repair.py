@@ -7,7 +7,8 @@ For each rank of each run that is not being written:
 - what is damaged, or is a copy of another file, is moved to `<store>/_quarantine/`, under the path it had, and
   acknowledged rows that are nowhere else are noted as lost, so that the loss stays on record;
 - the manifest of a compaction is derived from what the compacted files say of themselves (`coverage`): it lists those
-  that are whole and hold no rows twice, and parts that are still there in place of those that are not.
+  that are whole and hold no rows twice, and parts that are still there in place of those that are not;
+- where a compaction was killed as it made a file visible to all readers, that is brought to its end.
 
 Repairing twice changes nothing more, and `verify` finds no error or warning afterwards. Foreign files are not touched.
 
@@ -19,25 +20,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_telemetry.compaction import locked
+from lm_telemetry.compaction import finish, locked
 from lm_telemetry.coverage import KEY, coverage
 from lm_telemetry.errors import StoreError
-from lm_telemetry.inventory import (
-    COMPACT_NAME,
-    Inventory,
-    checksum,
-    describe,
-    is_parquet,
-    metadata,
-    part_key,
-    ranks,
-    run_ids,
-)
+from lm_telemetry.inventory import Inventory, checksum, describe, is_parquet, metadata, part_key, ranks, run_ids
 from lm_telemetry.liveness import is_live
 from lm_telemetry.quarantine import Log, Repaired
 from lm_telemetry.rebuild import Whole, rebuild
 from lm_telemetry.store import Store
 from lm_telemetry.verify import differences
+from lm_telemetry.visibility import compact_key
 
 if TYPE_CHECKING:
     import os
@@ -113,6 +105,8 @@ class _Rank:
             self._restore_renamed(table)
             self._sift(table)
         rebuild(self._inventory, self._whole, self._log)
+        for file in finish(self._store, self._inventory.run_id, self._inventory.rank):
+            self._log.note("compaction", self._store.path / file, "visible to all readers; what it replaces is deleted")
 
     def _set_aside_what_stops_queries(self) -> None:
         """A rank that has no manifest is read file by file, whatever their names."""
@@ -128,8 +122,9 @@ class _Rank:
         """Whether the rank has no manifest and other people's files: then its directories are what is read."""
         if self._inventory.manifests or self._inventory.unreadable:
             return False
-        names = [name for files in self._inventory.disk.values() for name in files if name.endswith(".parquet")]
-        return any(part_key(name) is None and COMPACT_NAME.fullmatch(name) is None for name in names)
+        paths = [path for files in self._inventory.disk.values() for path in files.values()]
+        files = [self._inventory.relative(path) for path in paths if path.suffix == ".parquet"]
+        return any(part_key(file) is None and compact_key(file) is None for file in files)
 
     def _restore_renamed(self, table: str) -> None:
         """Give parts that were renamed their names back: they are known by size and checksum."""
@@ -158,9 +153,10 @@ class _Rank:
         }
         for name, path in sorted(self._inventory.disk[table].items()):
             key = part_key(name)
-            if not path.is_file() or (key is None and COMPACT_NAME.fullmatch(name) is None):
+            file = self._inventory.relative(path)
+            if not path.is_file() or (key is None and compact_key(file) is None):
                 continue
-            listed = self._listed.get(self._inventory.relative(path)) or self._compacted(path)
+            listed = self._listed.get(file) or self._compacted(file)
             try:
                 found = describe(self._store, path, table, deep=self._deep or listed is None)
                 if listed is not None:
@@ -182,8 +178,7 @@ class _Rank:
                     continue
             self._whole.parts.setdefault(table, {})[key] = found
 
-    def _compacted(self, path: Path) -> PartInfo | None:
-        file = self._inventory.relative(path)
+    def _compacted(self, file: str) -> PartInfo | None:
         return next((f for files in self._inventory.compacted.values() for f in files if f.file == file), None)
 
     def _settle(self, path: Path, listed: PartInfo, problem: list[str]) -> PartInfo:

@@ -27,6 +27,7 @@ from lm_telemetry.inventory import run_ids
 from lm_telemetry.liveness import is_live
 from lm_telemetry.schema import ALL_TABLES, FORMAT_VERSION
 from lm_telemetry.store import PRUNED, Store, put_json
+from lm_telemetry.visibility import HIDDEN
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -117,14 +118,17 @@ def _measure(store: Store, run_id: str) -> Pruned:
     size = 0
     written = 0.0
     manifests = store.manifests(run_id)
-    for directory in (manifests, *(store.path / table / f"run_id={run_id}" for table in ALL_TABLES)):
+    known: set[tuple[int, int]] = set()
+    for directory in (manifests, *_places(store, run_id)):
         for path in directory.rglob("*"):
             try:
                 found = path.stat()
             except FileNotFoundError:
                 continue  # replaced or deleted by a compaction at this moment
             if path.is_file():
-                size += found.st_size
+                # A compacted file may have two names.
+                size += 0 if (found.st_dev, found.st_ino) in known else found.st_size
+                known.add((found.st_dev, found.st_ino))
                 # A repair or a compaction is no sign of life.
                 if path.name.startswith("part-") or path.parent.name.startswith("attempt="):
                     written = max(written, found.st_mtime)
@@ -139,16 +143,23 @@ def _delete(store: Store, run_id: str, grace_seconds: float) -> bool:
     then = datetime.fromisoformat(json.loads(mark.read_bytes())["at"])
     if (datetime.now(UTC) - then).total_seconds() < grace_seconds:
         return False
-    for table in ALL_TABLES:
+    for directory in _places(store, run_id):
         if not store.is_pruned(run_id):
             return False  # it was launched again
-        _remove_tree(store.path / table / f"run_id={run_id}")
+        if directory.is_dir():
+            shutil.rmtree(directory)
     for path in mark.parent.iterdir():
         if path != mark:
             _remove_tree(path)
     mark.unlink()
     mark.parent.rmdir()
     return True
+
+
+def _places(store: Store, run_id: str) -> list[Path]:
+    """Where a run's files of tables are, hidden ones too."""
+    tables = [root / table for root in (store.path, store.path / HIDDEN) for table in ALL_TABLES]
+    return [table / f"run_id={run_id}" for table in tables]
 
 
 def _remove_tree(path: Path) -> None:

@@ -3,13 +3,13 @@
 An instrument is due on step 1 and on every multiple of its cadence, which depends on the step alone, so that all ranks
 of a run agree without talking; and on the step after another instrument has asked for it (a cheap measure that sees
 something worth an expensive one), but not more than `REQUESTS_PER_CADENCE` times within a cadence. What instruments
-cost is charged here, by name, and can be read back.
+cost is charged here, by name, until `settle` hands it over for the table `overhead`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +25,8 @@ class Schedule:
 
     Attributes:
         cadences: steps between captures, by name of instrument.
-        spent: seconds of the training thread charged so far, by name.
-        captures: captures made so far, by name.
+        spent: seconds of the training thread charged since `settle`, by name.
+        captures: captures made since then, by name of instrument.
     """
 
     cadences: Mapping[str, int]
@@ -62,3 +62,17 @@ class Schedule:
     def captured(self, name: str) -> None:
         """Count a capture."""
         self.captures[name] = self.captures.get(name, 0) + 1
+
+    def settle(self) -> dict[str, list[Any]]:
+        """Columns of `overhead`, a row for each name that was charged since the last call; from here it counts anew.
+
+        What is charged to a name that is no instrument's has neither captures nor a cadence (None).
+        """
+        spent, self.spent = self.spent, {}
+        captures, self.captures = self.captures, {}
+        return {
+            "instrument": list(spent),
+            "seconds": list(spent.values()),
+            "captures": [captures.get(name, 0) if name in self.cadences else None for name in spent],
+            "every": [self.cadences.get(name) for name in spent],
+        }

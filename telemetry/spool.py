@@ -9,6 +9,8 @@ Decisions:
   answer does not: the rows wait.
 - An attempt's number is claimed on the remote by a conditional write, and here. Without an answer it is claimed here
   alone; the uploader finds out if it was another's, and gives the launch a name of its own (`lane`).
+- What a run has left is taken along by the next one, or brought by `upload_spool`, which goes on for as long as
+  something arrives. A spool's name tells its URL, so that rows do not go to another's store by mistake.
 
 Left out: making buckets; merging and retention on the remote.
 """
@@ -18,21 +20,30 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.errors import StoreError
+from lm_telemetry.events import describe
 from lm_telemetry.guard import note_failure
+from lm_telemetry.lane import NOTES
 from lm_telemetry.remote import Remote, answer, is_url
 from lm_telemetry.schema import FORMAT_VERSION
 from lm_telemetry.store import MANIFESTS, Store
-from lm_telemetry.uploader import Uploader
+from lm_telemetry.uploader import Uploader, UploadStats
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
     from lm_telemetry.settings import Settings
 
 REACH_SECONDS = 10.0
 """How long the start of a run waits for the remote to answer, each time it asks."""
+
+PROGRESS_SECONDS = 0.5
+"""How often `upload_spool` looks how far it is."""
 
 _ATTEMPT = re.compile(rf"{MANIFESTS}/run_id=[^/]+/attempt=(\d+)/.*")
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
@@ -53,18 +64,9 @@ class Spool:
         self._remote = Remote(url)
         self._limit_bytes = limit_bytes
         self.store = Store.open_for_writing(spool_path(url, directory))
-        mark = {"format": FORMAT_VERSION}
-        try:
-            answer(lambda: self._remote.put_json(f"{MANIFESTS}/store.json", mark), REACH_SECONDS)
-        except Exception as error:
-            if not _refuses(error):
-                note_failure(f"{url} does not answer; rows will wait in {self.store.path}", error)
-                return
-            raise StoreError(
-                f"the store must be a place that can be written; {url}: {type(error).__name__}: {error}. Make the"
-                " bucket, or give the filesystem credentials that may write there",
-                path=url,
-            ) from error
+        error = _reach(self._remote)
+        if error is not None:
+            note_failure(f"{url} does not answer; rows will wait in {self.store.path}", error)
 
     def claim_attempt(self, run_id: str) -> int:
         """The number of this launch of `run_id`; `Store.claim_attempt` of both ends.
@@ -104,6 +106,98 @@ def spool_path(url: str, directory: str) -> Path:
     url = url.rstrip("/")
     words = re.sub(r"[^A-Za-z0-9]+", "-", url)[:60].strip("-")
     return Path(directory).absolute() / f"{words}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+def upload_spool(
+    directory: str | os.PathLike[str],
+    url: str,
+    *,
+    seconds: float,
+    progress: Callable[[UploadStats], None] | None = None,
+) -> UploadStats:
+    """Bring what runs have left in the spool of `url` there, and remove it here; what was done.
+
+    Rows of living processes are left to them, and counted as `busy`.
+
+    Args:
+        directory: the setting `spool`, or the spool of this URL in it.
+        url: the store.
+        seconds: how long to go on while nothing arrives.
+        progress: told now and then what was done so far.
+
+    Raises:
+        StoreError: there is no spool of this URL, it does not answer or refuses, or not everything arrived. What did
+            not is still in the spool.
+    """
+    remote = Remote(url)
+    spool = find_spool(directory, url)
+    silence = _reach(remote)
+    if silence is not None:
+        raise StoreError(f"{url} does not answer: {describe(silence)}; the rows stay in {spool}", path=url) from silence
+    uploader = Uploader(Store(spool), remote, limit_bytes=2**63, own=None)
+    uploader.start(_unrecorded)
+    is_done, arrived, since = False, 0, time.monotonic()
+    try:
+        while not is_done and time.monotonic() - since < seconds:
+            is_done = uploader.drain(PROGRESS_SECONDS)
+            stats = uploader.stats
+            if progress is not None:
+                progress(stats)
+            if stats.parts > arrived:
+                arrived, since = stats.parts, time.monotonic()
+    finally:
+        uploader.close(1.0 if is_done else 0.0)
+    stats = uploader.stats
+    if is_done and not stats.damaged:
+        return stats
+    why = uploader.trouble or f"nothing arrived for {seconds:.0f} s"
+    if stats.damaged:
+        why = f"rows of {stats.damaged} ranks cannot be read there, see the log"
+    raise StoreError(
+        f"{stats.waiting_parts} files or more are left in {spool} ({stats.parts} arrived): {why}", path=str(spool)
+    )
+
+
+def find_spool(directory: str | os.PathLike[str], url: str) -> Path:
+    """The spool of `url` in the directory that is the setting `spool`, or that directory itself if it is the spool.
+
+    Raises:
+        StoreError: it is not there.
+    """
+    given = Path(directory).absolute()
+    inside = spool_path(url, str(given))
+    for path in (inside, given):
+        if path.name == inside.name and (path / MANIFESTS).is_dir():
+            return path
+    if (given / NOTES).is_dir():
+        found = f"{given.name} is of another URL; rename it to {inside.name} if its rows belong to this one"
+    else:
+        others = sorted(path.parent.name for path in given.glob(f"*/{NOTES}"))
+        found = f"there are {', '.join(others)}" if others else "the event `spool_left` of the run tells where it is"
+    raise StoreError(f"there is no spool of {url} in {given}: {found}", path=str(given))
+
+
+def _reach(remote: Remote) -> Exception | None:
+    """Mark the place as a store; what came in place of an answer, None if it took the mark.
+
+    Raises:
+        StoreError: it refuses.
+    """
+    try:
+        answer(lambda: remote.put_json(f"{MANIFESTS}/store.json", {"format": FORMAT_VERSION}), REACH_SECONDS)
+    except Exception as error:
+        if not _refuses(error):
+            return error
+        raise StoreError(
+            f"the store must be a place that can be written; {remote.url}: {type(error).__name__}: {error}. Make the"
+            " bucket, or give the filesystem credentials that may write there",
+            path=remote.url,
+        ) from error
+    return None
+
+
+def _unrecorded(*_: Any, **__: Any) -> None:
+    """For events when there is no run to record them: the log has them."""
 
 
 def _refuses(error: Exception) -> bool:

@@ -162,7 +162,7 @@ class Store:
         target = self.partition(table, run_id, rank) / f"part-{attempt}-{seq}.parquet"
         try:
             if not target.parent.is_dir():
-                _make_durable_directory(target.parent, below=self.path)
+                make_durable_directory(target.parent, below=self.path)
             return put_rows(self.path, target, rows, table=table)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"cannot write {target}: {error}", path=str(target)) from error
@@ -212,6 +212,7 @@ class Store:
             for name in manifest.sealed if whole else ():
                 sealed = json.loads(target.with_name(name).read_text(encoding="utf-8"))
                 manifest.parts += listed_parts(sealed["parts"])
+                manifest.lost += listed_parts(sealed.get("lost", {}))
             manifest.parts += listed_parts(document["parts"])
         except FileNotFoundError:
             if target.exists():
@@ -292,7 +293,7 @@ def put_rows(root: Path, target: Path, rows: pa.Table, *, table: str, row_group_
         OSError, pa.ArrowException: it could not be written; nothing is left behind.
     """
     options = {"compression": "zstd", "row_group_size": row_group_size, **_encodings(table)}
-    size, crc32 = _put(target, lambda file: pq.write_table(rows, file, **options))
+    size, crc32 = put_file(target, lambda file: pq.write_table(rows, file, **options))
     steps: Any = pc.min_max(rows["step"]).as_py()
     return PartInfo(
         table=table,
@@ -343,7 +344,7 @@ class _Summed:
         self._file.flush()
 
 
-def _put(target: Path, write: Any) -> tuple[int, int]:
+def put_file(target: Path, write: Any) -> tuple[int, int]:
     """Write a file so that `target` is whole or absent at every moment; its size in bytes, and their checksum."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -358,25 +359,26 @@ def _put(target: Path, write: Any) -> tuple[int, int]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
     return size, summed.crc32
 
 
 def put_json(target: Path, document: dict[str, Any]) -> None:
     """Put a JSON file in place whole and durably (OSError if it cannot be)."""
-    _put(target, lambda file: file.write(json.dumps(document, separators=(",", ":")).encode()))
+    put_file(target, lambda file: file.write(json.dumps(document, separators=(",", ":")).encode()))
 
 
-def _make_durable_directory(directory: Path, *, below: Path) -> None:
+def make_durable_directory(directory: Path, *, below: Path) -> None:
     """Make `directory` and have each new name in it survive a power cut, down from `below`."""
     directory.mkdir(parents=True, exist_ok=True)
     for parent in directory.parents:
-        _sync_directory(parent)
+        sync_directory(parent)
         if parent == below:
             break
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         # Some network filesystems refuse to sync directories; the file itself is synced by then.

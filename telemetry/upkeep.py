@@ -47,6 +47,6 @@ def sweep(store: Store, *, grace_seconds: float = GRACE_SECONDS, seconds: float 
         if time.monotonic() > end:
             break
         run_id = path.parent.parent.name.removeprefix("run_id=")
-        with suppress(StoreError):
+        with suppress(StoreError, ValueError):  # ValueError: the name is none of ours
             deleted += delete_retired(store, run_id, int(path.stem.removeprefix("rank=")), grace_seconds=grace_seconds)
     return deleted

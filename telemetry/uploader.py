@@ -6,7 +6,8 @@ Decisions:
   costs training nothing and loses nothing. What fails is tried again, ever more rarely, for as long as the process is.
 - The spool has a bound. It is kept on the writer's thread, since this one may hang: past it the oldest parts that wait
   go, counted, listed as lost, and told in an event.
-- Rows that an earlier process has left in the spool, of any run, are taken along by whichever process comes next.
+- Rows that an earlier process has left in the spool, of any run, are taken along by whichever process comes next. Those
+  that cannot be read are told of once, tried again now and then, and hold up nothing.
 - The end of a run waits for the remote for some seconds, and then says where the rest is.
 
 Left out: merging small parts on their way (`flush_seconds` decides how many there are), compaction on the remote.
@@ -21,20 +22,21 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.errors import StoreError
 from lm_telemetry.events import describe
-from lm_telemetry.lane import Lane
-from lm_telemetry.remote import Remote
-from lm_telemetry.store import MANIFESTS, Store
+from lm_telemetry.lane import Lane, is_finished
+from lm_telemetry.store import MANIFESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import pyarrow as pa
 
+    from lm_telemetry.remote import Remote
+    from lm_telemetry.store import Store
     from lm_telemetry.writer import WriterStats
 
 PUBLISH_PARTS = 64
@@ -71,6 +73,10 @@ class UploadStats:
     """files in the spool that are not on the remote"""
     waiting_bytes: int = 0
     """bytes of them"""
+    damaged: int = 0
+    """ranks of earlier attempts whose rows cannot be read in the spool"""
+    busy: int = 0
+    """ranks whose rows another process brings up"""
 
 
 class Uploader:
@@ -84,6 +90,7 @@ class Uploader:
 
     Attributes:
         step: the step of the last rows that were captured.
+        trouble: what the last try met; None if all went well.
 
     Raises:
         StoreError: the spool cannot be written.
@@ -105,6 +112,10 @@ class Uploader:
             self._lanes += [self._own] if self._own is not None else []
         self._counts = {"parts": 0, "bytes": 0, "dropped_parts": 0, "dropped_rows": 0, "failures": 0}
         self.step = 0
+        self.trouble: str | None = None
+        self._damaged: set[tuple[str, int, int]] = set()
+        self._busy = 0
+        self._bound = threading.Lock()
         self._told_full: float | None = None
         self._failing_since: float | None = None
         self._before_failing = dict(self._counts)
@@ -140,23 +151,33 @@ class Uploader:
     # On any thread.
 
     def drain(self, seconds: float) -> bool:
-        """Whether all that is in the spool is on the remote, trying for `seconds` at most."""
+        """Whether all that can be read in the spool is on the remote, trying again for `seconds` at most."""
         if os.getpid() != self._pid or not self._thread.is_alive():
             return False
+        end = time.monotonic() + seconds
         with self._changed:
-            self._asked += 1
-            asked = self._asked
-            self._changed.notify_all()
-            answered = self._changed.wait_for(lambda: self._has_ended or self._answered >= asked, seconds)
-            return answered and self._is_clean
+            while True:
+                self._asked += 1
+                asked = self._asked
+                self._changed.notify_all()
+                left = end - time.monotonic()
+                self._changed.wait_for(lambda: self._has_ended or self._answered >= asked, left)  # noqa: B023 called at once
+                if self._answered >= asked and self._is_clean:
+                    return True
+                left = end - time.monotonic()
+                if self._has_ended or left <= 0:
+                    return False
+                self._changed.wait_for(lambda: self._has_ended, min(FIRST_WAIT_SECONDS, left))
 
     def close(self, seconds: float) -> bool:
         """Upload what is left and end the thread; whether all is on the remote. The rest stays in the spool."""
+        if os.getpid() != self._pid:  # a forked child, where a lock may be held by a thread that is not there
+            return False
         clean = self.drain(seconds)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if os.getpid() == self._pid and self._thread.is_alive():
+        if self._thread.is_alive():
             self._thread.join(1.0 if clean else 0.1)
         return clean
 
@@ -168,9 +189,15 @@ class Uploader:
             **self._counts,
             waiting_parts=sum(lane.waiting for lane in lanes),
             waiting_bytes=sum(lane.waiting_bytes for lane in lanes),
+            damaged=len(self._damaged),
+            busy=self._busy,
         )
 
     def _keep_bound(self) -> None:
+        with self._bound:  # both threads come here, and each would make room
+            self._make_room()
+
+    def _make_room(self) -> None:
         lanes = list(self._lanes)
         excess = sum(lane.waiting_bytes for lane in lanes) - self._limit_bytes
         dropped = rows = 0
@@ -233,6 +260,7 @@ class Uploader:
             failures = [error]
         if self._closing:
             return None
+        self.trouble = describe(failures[0]) if failures else None
         if failures:
             self._failed(failures[0])
             return failures[0]
@@ -251,17 +279,37 @@ class Uploader:
 
     def _pass(self) -> Iterator[Exception]:
         """Bring up what each lane has. What is wrong with one is no matter of the others; of the remote, it is."""
-        for lane in sorted(self._lanes, key=lambda lane: lane is not self._own):
-            try:
-                lane.refresh()
-                self._keep_bound()
-                self._bring(lane)
-            except (StoreError, ValueError, KeyError, TypeError) as error:
-                yield error
-                continue
-            if lane is not self._own and lane.is_done:
-                self._lanes.remove(lane)
-                lane.let_go()
+        # All are looked at before the first is brought: what waits is to be known also while the remote fails.
+        for work in (Lane.refresh, self._bring):
+            for lane in sorted(self._lanes, key=lambda lane: lane is not self._own):
+                try:
+                    work(lane)
+                except (StoreError, ValueError, KeyError, TypeError) as error:
+                    if lane is self._own:
+                        yield error
+                    else:
+                        self._set_aside(lane.key, error)
+                        self._part_with(lane)
+            self._keep_bound()
+        for lane in [lane for lane in self._lanes if lane is not self._own and lane.is_done]:
+            self._damaged.discard(lane.key)
+            self._part_with(lane)
+
+    def _part_with(self, lane: Lane) -> None:
+        self._lanes.remove(lane)
+        lane.let_go()
+
+    def _set_aside(self, key: tuple[str, int, int], error: Exception) -> None:
+        """Tell of a leftover that cannot be read; it is tried again when the spool is searched the next time."""
+        if key not in self._damaged:
+            self._damaged.add(key)
+            run_id, attempt, rank = key
+            self._event(
+                "error",
+                "spool_damaged",
+                f"rows of rank {rank} in attempt {attempt} of {run_id} stay in {self._spool.path}: {describe(error)}",
+                spool=self._spool.path,
+            )
 
     def _bring(self, lane: Lane) -> None:
         apart = lane.greet(self._remote)
@@ -290,13 +338,24 @@ class Uploader:
             return
         self._rescan_due = time.monotonic() + RESCAN_SECONDS
         mine = {lane.key for lane in self._lanes}
+        busy = 0
         for run_id, attempt, rank in sorted(_listed(self._spool.path) - mine):
-            lane = Lane.take(self._spool, run_id, rank, attempt)
-            if lane is not None:
+            try:
+                if is_finished(self._spool, run_id, rank, attempt):
+                    continue
+                lane = Lane.take(self._spool, run_id, rank, attempt)
+            except (OSError, StoreError) as error:
+                self._set_aside((run_id, attempt, rank), error)
+                continue
+            if lane is None:
+                busy += 1
+            else:
                 self._lanes.append(lane)
+        self._busy = busy
 
     def _failed(self, error: Exception) -> None:
         self._counts["failures"] += 1
+        self._remote.renew()
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             self._before_failing = self._counts | {"failures": self._counts["failures"] - 1}
@@ -307,21 +366,6 @@ class Uploader:
                 url=self._remote.url,
                 spool=self._spool.path,
             )
-
-
-def upload_spool(spool: str | os.PathLike[str], url: str, *, seconds: float) -> UploadStats:
-    """Bring what runs have left in the spool directory of `url` there, trying for `seconds` at most.
-
-    Raises:
-        StoreError: there is no such spool, or the URL cannot be opened.
-    """
-    path = Path(spool)
-    if not (path / MANIFESTS).is_dir():
-        raise StoreError(f"there is no spool at {path}; an event of the run tells where it is", path=str(path))
-    uploader = Uploader(Store(path.absolute()), Remote(url), limit_bytes=2**63, own=None)
-    uploader.start(_say)
-    uploader.close(seconds)
-    return uploader.stats
 
 
 def _say(*_: Any, **__: Any) -> None:
@@ -339,8 +383,7 @@ def _listed(spool: Path) -> set[tuple[str, int, int]]:
     """Run, attempt and rank of every manifest in the spool."""
     found = set()
     for path in (spool / MANIFESTS).glob("run_id=*/attempt=*/rank=*.json"):
-        rank = path.stem.removeprefix("rank=")
-        if rank.isdecimal():  # sealed lists are not
-            attempt = path.parent.name.removeprefix("attempt=")
+        rank, attempt = path.stem.removeprefix("rank="), path.parent.name.removeprefix("attempt=")
+        if rank.isdecimal() and attempt.isdecimal():  # sealed lists are not
             found.add((path.parent.parent.name.removeprefix("run_id="), int(attempt), int(rank)))
     return found

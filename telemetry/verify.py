@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Literal
 
 from lm_telemetry.coverage import Coverage, coverage, has, overlap, union
 from lm_telemetry.errors import StoreError
-from lm_telemetry.inventory import COMPACT_NAME, Inventory, describe, is_parquet, metadata, part_key, ranks, run_ids
+from lm_telemetry.inventory import Inventory, describe, is_parquet, metadata, part_key, ranks, run_ids
 from lm_telemetry.liveness import attempt_is_live, is_live
 from lm_telemetry.quarantine import QUARANTINE
 from lm_telemetry.schema import ALL_TABLES
 from lm_telemetry.store import MANIFESTS, PRUNED, Store
+from lm_telemetry.visibility import HIDDEN, compact_key, is_hidden, visible
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from lm_telemetry.store import Manifest, PartInfo
 
 Severity = Literal["error", "warning", "info"]
-_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+SEVERITIES: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+"""The order in which they are told."""
 
 _REMEDY = "`lmt verify --repair` "
 
@@ -81,7 +83,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Finding]
                 # A compaction beside us may have deleted what it replaced after we read its manifest.
                 found = list(_Check(Inventory.take(store, run_id, rank), deep=deep).findings())
             findings += found
-    return sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.file))
+    return sorted(findings, key=lambda finding: (SEVERITIES[finding.severity], finding.file))
 
 
 class _Check:
@@ -211,6 +213,7 @@ class _Check:
         """Files that no manifest knows."""
         inventory = self._inventory
         managed = bool(inventory.manifests or inventory.unreadable)
+        shown = {visible(f.file) for files in inventory.compacted.values() for f in files if is_hidden(f.file)}
         for table, files in inventory.disk.items():
             for name, path in files.items():
                 file = inventory.relative(path)
@@ -219,7 +222,11 @@ class _Check:
                 key = part_key(name)
                 if key and path.is_file():
                     yield from self._unlisted(table, path, key, managed=managed)
-                elif COMPACT_NAME.fullmatch(name) and path.is_file():
+                elif file in shown and path.is_file():
+                    if not self._live:
+                        message = "readers without our manifests may see its rows twice: a compaction was killed."
+                        yield self._warning("orphan", path, f"{message} {_REMEDY}brings it to its end")
+                elif compact_key(file) and path.is_file():
                     yield from self._orphan(path, managed=managed)
                 else:
                     yield from self._foreign(path, managed=managed)
@@ -252,7 +259,8 @@ class _Check:
 
     def _orphan(self, path: Path, *, managed: bool) -> Iterator[Finding]:
         """A compacted file that no manifest lists."""
-        if not managed and not self._inventory.compaction_path.exists():
+        is_read = not managed and not is_hidden(self._inventory.relative(path))
+        if is_read and not self._inventory.compaction_path.exists():
             message = f"no manifest tells which rows it has in place of others. {_REMEDY}asks the file"
             yield self._error("orphan", path, message)
         elif not self._live:
@@ -322,7 +330,7 @@ def _strangers(store: Store) -> Iterator[Finding]:
             strangers += [
                 p for p in path.glob("run_id=*/*") if path.name != MANIFESTS and not p.name.startswith("rank=")
             ]
-        elif path.name == QUARANTINE:
+        elif path.name in {QUARANTINE, HIDDEN}:
             continue
         else:
             strangers = [path]

@@ -133,3 +133,17 @@ def test_an_instrument_that_is_asked_for_fires_on_the_next_step_but_not_without_
         schedule.request("not there")
     assert fired == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
     assert "dear" not in Schedule({"dear": 100}).due(2)
+
+
+def test_what_is_settled_is_counted_anew():
+    schedule = Schedule({"a": 2, "b": 5})
+    for seconds in (0.25, 0.5):
+        schedule.charge("a", seconds)
+        schedule.captured("a")
+    schedule.charge("agent", 1.0)
+    assert schedule.settle() == {
+        "instrument": ["a", "agent"], "seconds": [0.75, 1.0], "captures": [2, None], "every": [2, None],
+    }  # fmt: skip
+    schedule.charge("b", 2.0)
+    assert schedule.settle() == {"instrument": ["b"], "seconds": [2.0], "captures": [0], "every": [5]}
+    assert not schedule.settle()["instrument"]

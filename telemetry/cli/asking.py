@@ -32,13 +32,19 @@ def asking(store: str) -> Iterator[Connection]:
     """
     from lm_telemetry.queries import connect
 
-    connection = connect(store)
+    with connect(store) as connection, guarded(connection):
+        yield connection
+
+
+@contextmanager
+def guarded(connection: Connection) -> Iterator[None]:
+    """A context for queries of our own: Ctrl-C ends them, and what DuckDB cannot answer is a QueryError."""
     import duckdb
 
     with interruptible(connection):
         try:
             with connection.explained():
-                yield connection
+                yield
         except duckdb.InterruptException:
             raise
         except duckdb.Error as error:

@@ -54,7 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_telemetry.store import Store
 
     if is_url(arguments.store):
-        raise StoreError("only a store in a directory can be compacted, not one at an URL", path=arguments.store)
+        raise StoreError(
+            "only a store in a directory can be compacted, not one at an URL: copy runs that are over to a directory,"
+            " compact them there with --grace 0, and copy them back, _manifests last; a larger `flush_seconds` makes"
+            " fewer files to begin with",
+            path=arguments.store,
+        )
     store = Store(Path(arguments.store).absolute())
     if not store.path.is_dir():
         raise StoreError(f"there is no store at {store.path}; give its directory as --store", path=str(store.path))

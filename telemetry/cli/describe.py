@@ -7,7 +7,8 @@ rows of a view runs it, and a large store takes its time, so that after `COUNT_S
 
 from __future__ import annotations
 
-import sys
+import shutil
+from textwrap import wrap
 from threading import Timer
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lm_telemetry.queries import Connection
 
 COUNT_SECONDS = 10.0
+LEAST_MEANING = 24
+"""Characters that a line of a meaning may take, however narrow the terminal."""
 
 _COLUMNS = {
     "column": "VARCHAR",
@@ -69,12 +72,9 @@ def write(connection: Connection, name: str, arguments: argparse.Namespace) -> N
         raise QueryError(missing("table or view", name, relations(), "`lmt views` and SHOW TABLES list them"))
     rows = list(_rows(connection, f"{schema or 'main'}.{bare}", bare))
     if arguments.format == "table":
-        print(output.printable(f"{bare}: {_purpose(bare)}"), file=sys.stderr if arguments.output else sys.stdout)
-        rows = [(*row[:3], _share(row[3], row[4]), *row[5:]) for row in rows]
-        columns = {name: "VARCHAR" for name in _COLUMNS if name != "rows"}
+        output.write_text(f"{output.printable(f'{bare}: {_purpose(bare)}')}\n\n{_listing(rows)}\n", arguments)
     else:
-        columns = _COLUMNS
-    output.write(output.table_of(connection, columns, rows), arguments)
+        output.write(output.table_of(connection, _COLUMNS, rows), arguments)
 
 
 def _rows(connection: Connection, relation: str, bare: str) -> Iterator[tuple[Any, ...]]:
@@ -126,10 +126,25 @@ def _purpose(name: str) -> str:
     return (TABLES | views)[name]
 
 
-def _share(filled: int | None, rows: int | None) -> str | None:
+def _listing(rows: list[tuple[Any, ...]]) -> str:
+    """Rows of `_COLUMNS` in columns of text, of which the last is as wide as the terminal lets it be."""
+    cells = [("column", "type", "unit", "filled")]
+    cells += [(output.one_line(name), type_, unit, _share(filled, n)) for name, type_, unit, filled, n, *_ in rows]
+    meanings = ["meaning", *(f"{meaning} ({source})" if source else meaning for *_, meaning, source in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    begin = sum(widths) + 2 * len(widths)
+    room = max(LEAST_MEANING, shutil.get_terminal_size((10_000, 0)).columns - begin)
+    lines = []
+    for row, meaning in zip(cells, meanings, strict=True):
+        head = "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=True))
+        lines.append(head + f"\n{' ' * begin}".join(wrap(meaning, room)))
+    return "\n".join(lines)
+
+
+def _share(filled: int | None, rows: int | None) -> str:
     """How full a column is, in words that do not round a few values to none, nor all but a few to all."""
     if filled is None or rows is None:
-        return None
+        return "?"
     if filled in {0, rows}:
         return "all" if filled else "-"
     return f"{min(max(100 * filled / rows, 0.1), 99.9):.3g} %"

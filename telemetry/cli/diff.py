@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import missing
-from lm_telemetry.errors import StoreError
+from lm_telemetry.cli.hints import require_runs
 
 if TYPE_CHECKING:
     import argparse
@@ -118,11 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(connection: Connection, arguments: argparse.Namespace) -> None:
-    known = connection.snapshot.run_ids
     a, b = arguments.a, arguments.b
-    for name in (a, b):
-        if name not in known:
-            raise StoreError(missing("run", name, known, "`lmt runs` lists them"), path=str(arguments.store))
+    require_runs(connection, (a, b))
     settings = differing(_settings(connection, a), _settings(connection, b))
     steps = _rows(connection, _STEPS, {"a": a, "b": b})
     departed = departure(steps)
@@ -223,7 +219,8 @@ def _print(
     shown = (
         [steps[i] for i in sorted({round(i * (len(steps) - 1) / (SHOWN - 1)) for i in range(SHOWN)})] if steps else []
     )
-    names = "step loss_a loss_b loss_difference smoothed_difference stderr grad_norm_a grad_norm_b"
+    # Of a box that is too wide the middle is left out.
+    names = "step loss_a loss_b grad_norm_a grad_norm_b loss_difference smoothed_difference stderr"
     rows = [[_text(name, row[name]) for name in names.split()] for row in shown]
     _box(connection, arguments, names, rows, "the runs have no step in common")
     ends = [(name, *(_text(name, final[name]) for final in finals)) for name in finals[0]]

@@ -7,6 +7,7 @@ grace, or left by a crash. What was captured and never came to disk is told belo
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import missing
-from lm_telemetry.errors import StoreError
+from lm_telemetry.cli.hints import require_runs
 
 if TYPE_CHECKING:
     import argparse
@@ -59,7 +59,7 @@ _COUNT = """
 _LOST = """
     SELECT run_id, kind, count(*), arg_max(message, time)
     FROM events
-    WHERE list_contains(?, kind) AND list_contains(?, run_id)
+    WHERE kind IN (SELECT unnest(?)) AND run_id IN (SELECT unnest(?))
     GROUP BY run_id, kind ORDER BY run_id, kind
 """
 
@@ -108,11 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(connection: Connection, arguments: argparse.Namespace) -> None:
-    known = connection.snapshot.run_ids
-    for name in arguments.runs:
-        if name not in known:
-            raise StoreError(missing("run", name, known, "`lmt runs` lists them"), path=str(arguments.store))
-    usages = list(usage(connection, arguments.runs or known))
+    require_runs(connection, arguments.runs)
+    run_ids = list(dict.fromkeys(arguments.runs)) or connection.snapshot.run_ids
+    usages = list(usage(connection, run_ids))
     rows = [[getattr(u, name) for name in _COLUMNS] for u in usages]
     if arguments.format != "table":
         output.write(output.table_of(connection, _COLUMNS, rows), arguments)
@@ -149,7 +147,7 @@ def usage(connection: Connection, run_ids: list[str]) -> Iterator[Usage]:
                 parts=len(files) - compacted,
                 compacted=compacted,
                 bytes=sum(bytes_of(snapshot.base, part) for part in files),
-                waiting=_waiting(Path(snapshot.base), table, run_id, {part.file for part in files}),
+                waiting=_waiting(snapshot.base, f"{table}/run_id={run_id}", {part.file for part in files}),
             )
 
 
@@ -175,26 +173,34 @@ def _counts(connection: Connection, table: str, files: list[str]) -> dict[str, t
     return {file: (rows, values) for file, rows, values in found}
 
 
-def _waiting(base: Path, table: str, run_id: str, read: set[str]) -> int:
-    """Bytes of a run's files that are not read."""
+def _waiting(base: str, directory: str, read: set[str]) -> int:
+    """Bytes of the files in the ranks of a directory that are not read."""
     waiting = 0
-    for path in base.joinpath(table, f"run_id={run_id}").glob("rank=*/*.parquet"):
-        if str(path.relative_to(base)) not in read:
-            with suppress(FileNotFoundError):
-                waiting += path.stat().st_size
+    for rank in _entries(f"{base}/{directory}"):
+        for entry in _entries(rank.path):
+            if entry.name.endswith(".parquet") and f"{directory}/{rank.name}/{entry.name}" not in read:
+                with suppress(FileNotFoundError):
+                    waiting += entry.stat().st_size
     return waiting
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _summary(connection: Connection, usages: list[Usage]) -> Iterator[str]:
     """What stands below the box."""
     parts, compacted = sum(u.parts for u in usages), sum(u.compacted for u in usages)
-    runs = len({u.run_id for u in usages})
+    runs = list(dict.fromkeys(u.run_id for u in usages))
     yield (
-        f"{runs} runs, {sum(u.rows for u in usages):,} rows, {output.size(sum(u.bytes for u in usages))} in"
+        f"{len(runs)} runs, {sum(u.rows for u in usages):,} rows, {output.size(sum(u.bytes for u in usages))} in"
         f" {parts} parts and {compacted} compacted files"
     )
-    if parts > MANY_PARTS * runs:
+    if parts > MANY_PARTS * len(runs):
         yield "many small parts: `lmt compact` merges them"
-    lost = connection.execute(_LOST, [list(LOSSES), [u.run_id for u in usages]]).fetchall()
+    lost = connection.execute(_LOST, [list(LOSSES), runs]).fetchall()
     for run_id, kind, count, message in lost:
         yield f"{run_id}: {count} x {kind}, last: {message}"

@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.cli import output
+from lm_telemetry.cli.asking import asking
+from lm_telemetry.cli.hints import require_runs
 
 if TYPE_CHECKING:
     import argparse
@@ -54,11 +56,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_loss(arguments: argparse.Namespace) -> int:
-    """Fit and print; FitError if there is nothing to fit."""
-    from lm_telemetry.queries import connect
+    """Fit and print; StoreError if there is no such run, FitError if there is nothing to fit."""
     from lm_telemetry.queries.fit_runs import fit_loss_curve
 
-    with connect(arguments.store) as connection:
+    with asking(arguments.store) as connection:
+        require_runs(connection, [arguments.run_id])
         fit = fit_loss_curve(
             connection,
             arguments.run_id,
@@ -70,12 +72,12 @@ def run_loss(arguments: argparse.Namespace) -> int:
 
 
 def run_scaling(arguments: argparse.Namespace) -> int:
-    """Fit and print; FitError if there is nothing to fit."""
-    from lm_telemetry.queries import connect
+    """Fit and print; StoreError if there is no such run, FitError if there is nothing to fit."""
     from lm_telemetry.queries.fit_runs import fit_scaling
 
     names = ("E", "A", "B", "a", "b") if arguments.against == "both" else ("E", "A", "a")
-    with connect(arguments.store) as connection:
+    with asking(arguments.store) as connection:
+        require_runs(connection, arguments.runs)
         fit = fit_scaling(
             connection,
             against=arguments.against,
@@ -99,7 +101,10 @@ def _write(fit: Fit, names: tuple[str, ...], arguments: argparse.Namespace) -> i
         **dict.fromkeys(_NUMBERS, pa.float64()),
         "at_bound": pa.string(),
     }
-    if arguments.format != "table":
+    if arguments.format == "table":
+        rows = [row | {name: _digits(row[name]) for name in _NUMBERS} for row in rows]
+        columns |= dict.fromkeys(_NUMBERS, pa.string())
+    else:
         columns |= {"n": pa.int64(), "dropped": pa.int64(), "residual": pa.float64(), "r_squared": pa.float64()}
         columns |= {"converged": pa.bool_()}
         rows = [row | {name: getattr(fit, name) for name in columns if name not in row} for row in rows]
@@ -120,7 +125,12 @@ def _write(fit: Fit, names: tuple[str, ...], arguments: argparse.Namespace) -> i
     return 0
 
 
-_NUMBERS = ("value", "low", "high", "stderr", "gauss_newton_stderr", "bound_share")
+_NUMBERS = ("value", "stderr", "gauss_newton_stderr", "bound_share", "low", "high")
+"""In this order: of a box that is too wide the middle is left out."""
+
+
+def _digits(number: float | None) -> str | None:
+    return None if number is None else f"{number:.5g}"
 
 
 def _row(estimate: Estimate) -> dict[str, Any]:

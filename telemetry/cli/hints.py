@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli.output import one_line
-from lm_telemetry.errors import QueryError
+from lm_telemetry.errors import QueryError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -50,6 +50,14 @@ def missing(what: str, name: str, known: Iterable[str], remedy: str) -> str:
     """A sentence that there is no such thing, with the names that are near."""
     near = nearest(name, known)
     return one_line(f"there is no {what} {name}; " + (f"near it: {', '.join(near)}" if near else remedy))
+
+
+def require_runs(connection: Connection, names: Iterable[str]) -> None:
+    """StoreError, with what is near, if the store has no run of one of these names."""
+    known = connection.snapshot.run_ids
+    for name in names:
+        if name not in known:
+            raise StoreError(missing("run", name, known, "`lmt runs` lists them"), path=connection.snapshot.base)
 
 
 @contextmanager

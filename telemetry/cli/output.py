@@ -1,7 +1,8 @@
 """Answers of a query in the formats of the command line: a box for people; CSV, JSON and Parquet for programs.
 
 NULL is an empty field in CSV and `null` in JSON. JSON has no NaN: there it becomes the word `NaN`, and infinities
-`Infinity` and `-Infinity`. Rows of all but the box are streamed, so that an answer may be larger than memory.
+`Infinity` and `-Infinity`. Decimals are numbers (DuckDB's sums of integers are decimals), bytes are hexadecimal. Rows
+of all but the box are streamed, so that an answer may be larger than memory.
 
 Whoever named a run or wrote an event may have put escape sequences into it, which tell a terminal to do things. So
 control characters are spelled out in the box, in messages, in JSON (where that changes nothing), and in CSV that goes
@@ -22,6 +23,8 @@ import shutil
 import sys
 from contextlib import contextmanager, redirect_stdout
 from datetime import date, time
+from decimal import Decimal
+from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from lm_telemetry.errors import QueryError, StoreError
@@ -125,6 +128,12 @@ def write(relation: duckdb.DuckDBPyRelation, arguments: argparse.Namespace) -> N
         {"table": _table, "csv": _csv, "json": _json}[arguments.format](relation, file)
 
 
+def write_text(text: str, arguments: argparse.Namespace) -> None:
+    """Write a text where `-o` says (StoreError if that cannot be)."""
+    with _text(arguments.output) as file:
+        file.write(text)
+
+
 def _table(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     if relation.columns == ["explain_key", "explain_value"]:
         file.writelines(f"{printable(plan)}\n" for _, plan in relation.fetchall())
@@ -132,15 +141,17 @@ def _table(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     width, height = shutil.get_terminal_size(_UNBOUNDED)
     with redirect_stdout(io.StringIO()) as box:
         # Head, types, count and the prompt take some ten lines.
-        relation.show(max_width=max(40, width), max_rows=max(10, height - 10))
+        relation.show(max_width=width, max_rows=max(10, height - 10))
     file.write(printable(box.getvalue()))
 
 
 def _csv(relation: duckdb.DuckDBPyRelation, file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
     shown = one_line if file.isatty() else str
+    rows = _rows(relation)
+    first = list(islice(rows, 1))  # an answer that fails at once has no head either
     writer.writerow(map(shown, relation.columns))
-    for row in _rows(relation):
+    for row in chain(first, rows):
         writer.writerow([shown(_field(value)) for value in row])
 
 
@@ -174,7 +185,13 @@ def _parquet(relation: duckdb.DuckDBPyRelation, file: IO[bytes]) -> None:
 
 def _rows(relation: duckdb.DuckDBPyRelation) -> Iterator[tuple[Any, ...]]:
     for batch in _batches(relation):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        try:
+            columns = [column.to_pylist() for column in batch.columns]
+        except (OverflowError, ValueError) as error:
+            raise QueryError(
+                f"a date or time of the answer has no form in csv and json ({error}); CAST(... AS VARCHAR) gives it one"
+            ) from error
+        yield from zip(*columns, strict=True)
 
 
 def _batches(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
@@ -190,6 +207,10 @@ def plain(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, dict):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -200,8 +221,8 @@ def plain(value: Any) -> Any:
 def _field(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | Decimal):
+        return str(value)
     known = plain(value)
     return known if isinstance(known, str) else json.dumps(known, ensure_ascii=False, default=str)
 

@@ -25,10 +25,11 @@ _FULL = """
     ORDER BY began NULLS LAST, run_id
 """
 
+# Of a box that is too wide the middle is left out.
 _SHORT = """
-    SELECT run_id, state, attempts, ranks, strftime(began, '%Y-%m-%d %H:%M') AS began_utc, last_step,
-        round(last_loss, 4) AS last_loss,
-        CAST(round(100 * telemetry_share, 2) AS VARCHAR) || ' %' AS telemetry, size
+    SELECT run_id, state, strftime(began, '%Y-%m-%d %H:%M') AS began_utc, attempts, ranks,
+        CAST(round(100 * telemetry_share, 2) AS VARCHAR) || ' %' AS telemetry,
+        last_step, round(last_loss, 4) AS last_loss, size
     FROM found LEFT JOIN overview AS o USING (run_id)
     ORDER BY began NULLS LAST, run_id
 """

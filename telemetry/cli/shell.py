@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import describe, output
-from lm_telemetry.cli.asking import interruptible
+from lm_telemetry.cli.asking import guarded
 from lm_telemetry.cli.complete import COMMANDS, Completer
 from lm_telemetry.cli.sql import answer
-from lm_telemetry.errors import TelemetryError
+from lm_telemetry.errors import QueryError, TelemetryError
 
 if TYPE_CHECKING:
     import argparse
@@ -68,6 +68,8 @@ class Shell:
             word, *rest = line.split() or [""]
             if word.rstrip(";") in _LEAVING:
                 return False
+            if word.rstrip(";") == "help":
+                word = ".help"
             if word.startswith("."):
                 self._command(word, rest)
                 return True
@@ -91,8 +93,10 @@ class Shell:
             from lm_telemetry.queries import list_views
 
             _list({view.name: view.question for view in list_views()})
-        elif word == ".describe" and rest:
-            with interruptible(self._connection):
+        elif word == ".describe":
+            if not rest:
+                raise QueryError(".describe takes the name of a table or view; .tables and .views list them")
+            with guarded(self._connection):
                 describe.write(self._connection, rest[0].rstrip(";"), self._arguments)
         else:
             if word != ".help":

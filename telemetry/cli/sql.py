@@ -1,6 +1,7 @@
 """`lmt sql ["QUERY"]`: any question in DuckDB's SQL, of a store that the query cannot change.
 
 A query sees the store and nothing else of this computer, unless `--allow-external` is given; even then it only reads.
+What DuckDB cannot hold in memory it puts into a temporary directory of its own, not into the working directory.
 Without a query, at a terminal, a shell asks for one after the other (`shell`); otherwise standard input is the query.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
@@ -15,6 +18,7 @@ from lm_telemetry.errors import QueryError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     import duckdb
 
@@ -50,23 +54,29 @@ def run(arguments: argparse.Namespace) -> int:
 
         if arguments.output:
             raise QueryError("-o FILE takes the answer to one query: give it, or leave -o out to open a shell")
-        Shell(open_store(arguments), arguments).loop()
+        with open_store(arguments) as connection:
+            Shell(connection, arguments).loop()
         return 0
     query = sys.stdin.read() if arguments.query in {None, "-"} else arguments.query
-    answer(open_store(arguments), query, arguments)
+    with open_store(arguments) as connection:
+        answer(connection, query, arguments)
     return 0
 
 
-def open_store(arguments: argparse.Namespace) -> Connection:
+@contextmanager
+def open_store(arguments: argparse.Namespace) -> Iterator[Connection]:
     """A connection for queries that somebody has typed."""
     from lm_telemetry.queries import connect
+    from lm_telemetry.queries.tables import text
 
-    connection = connect(arguments.store)
-    if arguments.allow_external:
-        connection.execute("SET python_enable_replacements = false")  # a table is no variable of ours
-    else:
-        connection.confine()
-    return connection
+    with TemporaryDirectory(prefix="lmt-") as spill, connect(arguments.store) as connection:
+        connection.execute(f"SET temp_directory = {text(spill)}")
+        if arguments.allow_external:
+            connection.execute("SET python_enable_replacements = false")  # a table is no variable of ours
+            connection.execute("SET lock_configuration = true")  # `FROM enable_logging(...)` would write a file
+        else:
+            connection.confine()
+        yield connection
 
 
 def answer(connection: Connection, query: str, arguments: argparse.Namespace) -> None:
@@ -90,9 +100,9 @@ def answer(connection: Connection, query: str, arguments: argparse.Namespace) ->
 
 def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:
     for statement in connection.extract_statements(query):
-        kind = statement.type.name
+        kind = _kind(statement)
         if kind not in _READING:
-            raise QueryError(f"lmt sql only reads, and {kind} does more; to keep an answer use -o FILE")
+            raise QueryError(f"a query only reads, and {kind} does more; to keep an answer use -o FILE")
         if kind == "EXPLAIN":
             # EXPLAIN ANALYZE runs what it explains.
             inner = _EXPLAIN.sub("", statement.query, count=1)
@@ -101,3 +111,11 @@ def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:
                     "lmt sql explains `EXPLAIN [ANALYZE] SELECT ...`, without options or comments before it"
                 )
             _require_reading(connection, inner)
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        name: str = statement.type.name
+    except ValueError:  # DuckDB knows kinds that its Python client has no name for
+        return "such a statement"
+    return name

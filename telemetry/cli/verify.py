@@ -1,6 +1,6 @@
 """`lmt verify`: is the store whole, and with `--repair`, what a crash has left of it mended.
 
-Exit code 1 if something is wrong that was not mended.
+A store at an URL is only looked at (`verify_remote`). Exit code 1 if something is wrong that was not mended.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from lm_telemetry.errors import StoreError
 
 if TYPE_CHECKING:
     import argparse
+
+    from lm_telemetry.verify import Finding
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,17 +34,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Print what was mended and what was found."""
     from lm_telemetry.remote import is_url
-    from lm_telemetry.repair import repair
     from lm_telemetry.verify import verify
 
     if is_url(arguments.store):
-        raise StoreError("only a store in a directory can be verified, not one at an URL", path=arguments.store)
+        return _remote(arguments)
     if arguments.repair:
+        from lm_telemetry.repair import repair
+
         for done in repair(arguments.store, deep=arguments.deep):
             print(one_line(f"repaired  {done.kind}  {done.file}: {done.message}"))
-    findings = verify(arguments.store, deep=arguments.deep)
+    return _tell(verify(arguments.store, deep=arguments.deep), "`lmt verify --repair` mends what can be mended")
+
+
+def _remote(arguments: argparse.Namespace) -> int:
+    from lm_telemetry.verify_remote import verify_remote
+
+    if arguments.repair:
+        raise StoreError(
+            "a store at an URL is not mended where it is; copy it to a directory, mend it there, and copy it back",
+            path=arguments.store,
+        )
+    return _tell(verify_remote(arguments.store, deep=arguments.deep), "each says what to do")
+
+
+def _tell(findings: list[Finding], remedy: str) -> int:
     for found in findings:
         print(one_line(f"{found.severity:<8}  {found.kind}  {found.file}: {found.message}"))
     wrong = sum(found.severity != "info" for found in findings)
-    print("the store is whole" if not wrong else f"{wrong} findings; `lmt verify --repair` mends what can be mended")
+    print("the store is whole" if not wrong else f"{wrong} findings; {remedy}")
     return 1 if wrong else 0

@@ -34,6 +34,37 @@ def test_json_tells_null_from_nan(lmt):
     assert rows[0] == {"step": 1, "loss": 2.0, "time": "1970-01-01T00:00:01", "list": [1, 2], "word": 'a,"b"'}
 
 
+@pytest.mark.parametrize(
+    ("value", "in_csv", "in_json"),
+    [
+        ("sum(step)", "6", 6),
+        ("sum(step::HUGEINT) << 60", str(6 << 60), 6 << 60),
+        ("1.50", "1.50", 1.5),
+        ("{'d': 0.25}", '"{""d"": 0.25}"', {"d": 0.25}),
+        (r"'\xff\x00'::BLOB", "ff00", "ff00"),
+    ],
+)
+def test_numbers_are_numbers(lmt, value, in_csv, in_json):
+    query = f"SELECT {value} AS v FROM steps" + ("" if "sum" in value else " LIMIT 1")
+    assert lmt("sql", query, "--format", "csv") == (0, f"v\n{in_csv}\n", "")
+    code, out, _ = lmt("sql", query, "--format", "json")
+    assert (code, json.loads(out)) == (0, [{"v": in_json}])
+
+
+@pytest.mark.parametrize("format_", ["csv", "json"])
+def test_a_date_that_python_cannot_hold_is_told(lmt, format_):
+    code, _, err = lmt("sql", "SELECT 'infinity'::TIMESTAMP AS t", "--format", format_)
+    assert code == 2
+    assert "CAST(... AS VARCHAR)" in err
+    assert lmt("sql", "SELECT CAST('infinity'::TIMESTAMP AS VARCHAR) AS t", "--format", "csv")[1] == "t\ninfinity\n"
+
+
+def test_an_answer_that_fails_at_once_has_no_head(lmt):
+    code, out, err = lmt("sql", "SELECT CASE WHEN step > 0 THEN error('boom') END AS a FROM steps", "--format", "csv")
+    assert (code, out) == (2, "")
+    assert "boom" in err
+
+
 @pytest.mark.parametrize(("format_", "empty"), [("json", "[]\n"), ("csv", "step\n")])
 def test_no_rows_are_still_a_document(lmt, format_, empty):
     assert lmt("sql", "SELECT step FROM steps WHERE false", "--format", format_) == (0, empty, "")
@@ -121,6 +152,7 @@ def test_reading_statements_are_answered(lmt, query):
         ("EXPORT DATABASE '{store}/x'", "EXPORT does more"),
         ("CREATE TABLE x AS SELECT 1", "CREATE does more"),
         ("SET threads = 1", "SET does more"),
+        ("UPDATE EXTENSIONS", "does more"),  # a kind that the Python client has no name for
         ("FROM read_text('/etc/hostname')", "Permission"),
     ],
 )

@@ -40,14 +40,32 @@ def test_values_are_counted(lmt):
     assert (found["loss"]["filled"], found["loss"]["rows"], found["loss"]["type"]) == (2, 3, "DOUBLE")
     assert (found["grad_norm"]["filled"], found["run_id"]["filled"]) == (0, 3)
     _, out, _ = lmt("describe", "STEPS")
-    shares = {cells[1].strip(): cells[4].strip() for line in out.splitlines() if len(cells := line.split("│")) > 5}
+    title, _, head, *lines = out.splitlines()
+    assert (title, head.split()) == (
+        "steps: one row per optimizer step",
+        ["column", "type", "unit", "filled", "meaning"],
+    )
+    where = slice(head.index("filled"), head.index("meaning"))
+    shares = {line.split()[0]: line[where].strip() for line in lines}
     assert (shares["loss"], shares["grad_norm"], shares["tokens"]) == ("66.7 %", "-", "all")
-    assert out.startswith("steps: one row per optimizer step\n")
+
+
+@pytest.mark.parametrize("width", [10, 60, 80, 200])
+def test_meanings_are_whole_however_narrow_the_terminal(lmt, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, out, _ = lmt("describe", "heads")
+    head, *lines = out.splitlines()[2:]
+    begin = head.index("meaning")
+    assert max(map(len, lines)) <= max(width, begin + describe.LEAST_MEANING)
+    assert {line[:begin].split()[0] for line in lines if line[:begin].strip()} == {*described(lmt, "heads")}
+    said = " ".join(line[begin:] for line in lines)
+    for m in columns("heads"):
+        assert (f"{m.meaning} ({m.source})" if m.source else m.meaning) in said
 
 
 def test_a_share_is_never_rounded_to_all_or_nothing():
     assert [describe._share(n, 10_000) for n in (0, 1, 9_999, 10_000)] == ["-", "0.1 %", "99.9 %", "all"]
-    assert [describe._share(None, None), describe._share(0, 0)] == [None, "-"]
+    assert [describe._share(None, None), describe._share(0, 0)] == ["?", "-"]
 
 
 def test_counting_that_takes_too_long_is_left_out(lmt, monkeypatch):

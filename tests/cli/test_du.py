@@ -31,8 +31,9 @@ def du(store, capsys, *words):
     return {(row["run_id"], row["table"]): row for row in json.loads(capsys.readouterr().out)}
 
 
-def on_disk(store, table, run_id, pattern="*"):
-    return sum(file.stat().st_size for file in store.path.glob(f"{table}/run_id={run_id}/*/{pattern}.parquet"))
+def on_disk(store, table, run_id, name="part-*"):
+    """Bytes of these files, wherever in the store a compaction keeps them."""
+    return sum(file.stat().st_size for file in store.path.glob(f"**/{table}/run_id={run_id}/*/{name}"))
 
 
 def test_rows_values_and_bytes(store, capsys):
@@ -52,7 +53,7 @@ def test_a_compaction_is_seen_with_what_waits_to_be_deleted(store, capsys):
     compact(store, "a", 0)
     steps = du(store, capsys, "a")["a", "steps"]
     assert (steps["rows"], steps["values"], steps["parts"], steps["compacted"]) == (30, 45, 0, 1)
-    assert (steps["bytes"], steps["waiting"]) == (on_disk(store, "steps", "a", "compact*"), before)
+    assert (steps["bytes"], steps["waiting"]) == (on_disk(store, "steps", "a", "compact-*"), before)
     compact(store, "a", 0, grace_seconds=0)
     assert du(store, capsys, "a")["a", "steps"]["waiting"] == 0
 
@@ -72,6 +73,30 @@ def test_what_was_lost_is_told(store, capsys):
     assert "r: 2 x rows_dropped, last: at 2" in out
     assert "quiet" not in out
     assert "3 runs, 64 rows, " in out
+
+
+def test_losses_are_told_of_the_chosen_runs_alone(store, capsys):
+    for run_id in "ab":
+        event = {"step": 1, "severity": "error", "kind": "spool_full", "message": run_id}
+        plant(store, "events", [event], run_id=run_id)
+    assert main(["du", "b", "--store", str(store.path)]) == 0
+    out = capsys.readouterr().out
+    assert "b: 1 x spool_full, last: b" in out
+    assert "a: 1 x" not in out
+
+
+def test_a_run_that_is_named_twice_counts_once(store, capsys):
+    assert main(["du", "b", "b", "--store", str(store.path)]) == 0
+    assert capsys.readouterr().out.count("│ b ") == 1
+
+
+def test_a_file_that_no_manifest_lists_waits(store, capsys):
+    directory = store.partition("steps", "a", 0)
+    (directory / "part-0-7.parquet").write_bytes(b"x" * 100)
+    (directory / ".part-0-8.parquet.1.tmp").write_bytes(b"x" * 1000)
+    (directory.parent / "note").write_text("not a rank")
+    found = du(store, capsys)
+    assert (found["a", "steps"]["waiting"], found["b", "steps"]["waiting"]) == (100, 0)
 
 
 def test_an_empty_store_takes_nothing(tmp_path, capsys):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lm_telemetry.cli import fit
+from lm_telemetry.errors import StoreError
 from lm_telemetry.queries.fit_checks import FitError
 from lm_telemetry.store import Store
 from tests.support.planted import plant
@@ -49,6 +50,20 @@ def test_runs_of_many_sizes_and_a_bound(store, capsys):
     assert "gauss_newton_stderr" in out
     assert "5 points, 0 dropped" in err
     assert "lmt: a at a bound of the search" in err
+
+
+@pytest.mark.parametrize("words", [["loss", "n100"], ["scaling", "n1000", "n100"]])
+def test_a_run_that_is_not_there_is_told_with_what_is_near(store, words):
+    with pytest.raises(StoreError, match="there is no run n100; near it: n1000"):
+        lmt(*words, "--store", store)
+
+
+def test_people_get_five_digits(store, capsys):
+    lmt("loss", "n1000", "--store", store)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ a "))
+    numbers = [cell.strip() for cell in row.split("│")[2:8]]
+    assert max(map(len, numbers)) <= len("1.2345e-05")
+    assert float(numbers[0]) == approx(0.5, rel=0.05)
 
 
 def test_what_cannot_be_fitted_is_an_error(store):

@@ -5,11 +5,14 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from planted import plant
 
 from lm_telemetry.cli import main, output
+from lm_telemetry.inventory import run_ids
 from lm_telemetry.store import Store
 
 LMT = [sys.executable, "-c", "import sys; from lm_telemetry.cli import main; sys.exit(main())"]
@@ -19,7 +22,6 @@ NAMES = [
     "left\u202ethgir",  # turns the direction of what follows
     "quote'\"; DROP TABLE steps; --",
     "back\\slash",
-    "per%41cent",
     "spa ce",
     "ünï",
 ]
@@ -46,6 +48,9 @@ def commands(name):
         ["diff", name, "z"],
         ["diff", "z", name, "--format", "json"],
         ["diff", "z", f"{name}q"],
+        ["fit", "loss", name],
+        ["fit", "loss", f"{name}q"],
+        ["describe", "steps"],
         ["sql", "FROM events"],
         ["sql", f'SELECT 1 AS "{name.replace(chr(34), "")}"'],
         ["sql", f"SELECT {name}"],
@@ -61,7 +66,7 @@ def test_no_control_character_is_printed(hostile, capsys):
         captured = capsys.readouterr()
         unsafe = [c for c in captured.out + captured.err if not c.isprintable() and c != "\n"]
         assert unsafe == [], words
-        expected = {"sql": (0, 2), "du": (0, 1), "diff": (0, 1)}.get(words[0], (0,))
+        expected = {"sql": (0, 2), "du": (0, 1), "diff": (0, 1), "fit": (1, 2)}.get(words[0], (0,))
         assert code in expected, (words, captured.err)
         assert "Traceback" not in captured.err
 
@@ -99,14 +104,44 @@ def test_a_query_reads_nothing_but_the_store(lmt, store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "query", ["COPY (SELECT 1) TO '{file}'", "ATTACH '{file}'", "INSTALL httpfs", "CREATE TABLE t AS SELECT 1"]
+    ("query", "complaint"),
+    [
+        ("COPY (SELECT 1) TO '{file}'", "a query only reads"),
+        ("ATTACH '{file}'", "a query only reads"),
+        ("INSTALL httpfs", "a query only reads"),
+        ("CREATE TABLE t AS SELECT 1", "a query only reads"),
+        ("FROM enable_logging(storage = 'file', storage_path = '{file}')", ""),  # a function, in DuckDB 2
+        ("FROM query($$COPY (SELECT 1) TO '{file}'$$)", "single SELECT"),
+    ],
 )
-def test_nothing_is_written_even_where_other_files_are_read(lmt, tmp_path, query):
+def test_nothing_is_written_even_where_other_files_are_read(lmt, tmp_path, query, complaint):
     file = tmp_path / "written"
     code, out, err = lmt("sql", query.format(file=file), "--allow-external")
     assert (code, out) == (2, "")
-    assert "lmt sql only reads" in err
+    assert complaint in err
     assert not file.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-external"]])
+def test_what_does_not_fit_in_memory_goes_to_a_directory_of_its_own(lmt, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = lmt("sql", "SELECT current_setting('temp_directory') AS d", "--format", "csv", *options)
+    spill = Path(out.splitlines()[1])
+    assert (code, spill.parent, spill.exists()) == (0, Path(tempfile.gettempdir()), False)
+
+
+def test_the_working_directory_is_not_read(lmt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".tmp").mkdir()  # where DuckDB would spill, and which it would therefore read
+    (tmp_path / ".tmp" / "secret").write_text("secret")
+    code, out, _ = lmt("sql", "FROM read_text('.tmp/secret')")
+    assert (code, out) == (2, "")
+
+
+def test_a_line_break_in_a_name_hides_no_run_from_upkeep(tmp_path):
+    store = Store.open_for_writing(tmp_path / "store")
+    plant(store, "steps", [{"step": 1, "loss": 1.0}], run_id="new\nline")
+    assert run_ids(store) == ["new\nline"]
 
 
 def test_a_table_is_no_variable_of_ours(lmt):
@@ -117,9 +152,9 @@ def test_a_table_is_no_variable_of_ours(lmt):
 def test_a_damaged_file_is_named(lmt, store):
     (first, *_) = store.path.glob("steps/**/*.parquet")
     first.write_bytes(first.read_bytes()[:-30])
-    for words in (["sql", "FROM steps"], ["runs"], ["du"], ["describe", "steps"]):
+    for words in (["sql", "FROM steps"], ["runs"], ["du"], ["describe", "steps"], ["fit", "loss", "first"]):
         code, out, err = lmt(*words)
-        assert (code, out) == (2, "") if words[0] != "describe" else code == 2
+        assert (code, out) == (2, "")
         assert str(first) in err
         assert "lmt verify" in err
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 LMT = [sys.executable, "-c", "import sys; from lm_telemetry.cli import main; sys.exit(main())"]
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""An environment in which what is written may wait until the interpreter ends."""
 
 
 def test_parquet_goes_through_a_pipe(store, tmp_path):
@@ -30,7 +32,7 @@ def test_a_reader_that_has_gone_is_not_an_error_to_shout_about(store, format_, r
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run([*LMT, *words], stdout=write, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run([*LMT, *words], stdout=write, stderr=subprocess.PIPE, env=BUFFERED)
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -82,6 +84,20 @@ def test_a_box_is_drawn_where_there_is_only_ascii(store):
     done = subprocess.run([*LMT, "runs", "--store", str(store.path)], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"first" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["sql", "SELECT 1"], ["sql", "SELECT 1", "--format", "csv"], ["runs"], ["views"]])
+def test_a_disk_that_is_full_is_told_in_a_line(store, words):
+    environment = BUFFERED | {"LM_TELEMETRY_STORE": str(store.path)}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*LMT, *words], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "lmt: [Errno 28] No space left on device\n")
+
+
+def test_output_that_is_closed_is_told_in_a_line(store):
+    words = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *LMT, "runs", "--store", str(store.path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "lmt: standard output is closed\n")
 
 
 def test_ctrl_c_ends_a_query_that_would_take_days(store):

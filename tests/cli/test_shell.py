@@ -1,8 +1,10 @@
 """The shell of `lmt sql`, at a real terminal."""
 
+import codecs
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ class Terminal:
         )
         os.close(terminal)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def until(self, text, seconds=30):
         """What it writes up to and with `text`."""
@@ -46,7 +49,7 @@ class Terminal:
         while text not in self.seen:
             ready, _, _ = select.select([self.end], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{text!r} did not come, only {self.seen!r}"
-            self.seen += os.read(self.end, 65536).decode()
+            self.seen += self._decoder.decode(os.read(self.end, 65536))
         before, _, self.seen = self.seen.partition(text)
         return before.replace("\r\n", "\n") + text
 
@@ -113,6 +116,18 @@ def test_an_error_does_not_end_it(shell):
     assert terminal.leave(".quit\n") == 0
 
 
+def test_a_store_that_duckdb_cannot_read_does_not_end_it(shell, growing):
+    terminal = shell()
+    plant(growing, "steps", [{"step": 1, "loss": 2.0}], run_id="w?t")  # to DuckDB, `?` ends the name of a file
+    for question in ("FROM steps;", ".describe steps"):
+        answer = terminal.ask(question)
+        assert "lmt: " in answer
+        assert "Traceback" not in answer
+    for directory in list(growing.path.rglob("run_id=w[?]t")):
+        shutil.rmtree(directory)
+    assert "a\n1\n" in terminal.ask("SELECT 1 AS a;")
+
+
 def test_ctrl_c_abandons_what_is_typed(shell):
     terminal = shell()
     terminal.type("SELECT nonsense\n")
@@ -140,7 +155,9 @@ def test_commands(shell):
     assert "one row per optimizer step" in terminal.ask(".tables")
     assert list_views()[0].question in terminal.ask(".views")
     assert "loss,DOUBLE,nats,1,1," in terminal.ask(".describe steps")
-    assert ".describe NAME" in terminal.ask(".help")
+    for word in (".help", "help", "help;"):
+        assert ".describe NAME" in terminal.ask(word)
+    assert ".describe takes the name of a table or view" in terminal.ask(".describe")
     assert "there is no table or view stepz; near it: steps" in terminal.ask(".describe stepz")
 
 

@@ -1,6 +1,7 @@
 """A store as a database: types, comments, live runs, foreign files, and what is no store."""
 
 import builtins
+import json
 import shutil
 
 import duckdb
@@ -9,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lm_telemetry.catalogue import TABLES, columns
+from lm_telemetry.columns import to_table
 from lm_telemetry.errors import QueryError, StoreError
 from lm_telemetry.queries import connect, list_views
+from lm_telemetry.store import Manifest
 
 TYPES = {
     "bool": "BOOLEAN",
@@ -182,3 +185,35 @@ def test_a_confined_connection_reaches_nothing_outside(store, put, tmp_path, que
         con.execute(query.format(outside=tmp_path, store=store.path)).fetchall()
     assert con.execute("SELECT loss FROM training").fetchall() == [(1.0,)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret", "store"]
+
+
+def test_an_extension_that_is_missing_is_not_taken_for_damage(store):
+    with connect(store.path) as con:
+        con.execute("SET autoinstall_known_extensions = false")
+        con.execute("SET autoload_known_extensions = false")
+        with pytest.raises(duckdb.Error, match="sqlite"):
+            con.execute("FROM sqlite_scan('some.db', 'some')").fetchall()
+
+
+@pytest.mark.parametrize("name", ["per%41cent", "what?", "two\nlines", "__HIVE_DEFAULT_PARTITION__"])
+def test_a_run_whose_name_hive_readers_take_for_another_is_named(store, put, name):
+    put("steps", 1, loss=[1.0])
+    shutil.copytree(next((store.path / "steps").glob("run_id=*")), store.path / "steps" / f"run_id={name}")
+    with pytest.raises(StoreError, match="take for another") as caught:
+        connect(store.path)
+    assert repr(f"run_id={name}") in str(caught.value)
+
+
+@pytest.mark.parametrize("fact", ["rows", "bytes", "first_step", "last_step"])
+@pytest.mark.parametrize("value", ["12", 1e400, [1], True])
+def test_a_manifest_whose_numbers_are_none_is_named(store, fact, value):
+    rows = to_table("steps", {"loss": [1.0]}, attempt=0, step=1, time_us=1)
+    part = store.write_part(rows, table="steps", run_id="r", rank=0, attempt=0, seq=0)
+    store.write_manifest(Manifest(run_id="r", rank=0, attempt=0, parts=[part]))
+    assert connect(store.path).execute("SELECT count(*) FROM steps").fetchone() == (1,)
+    path = store.manifest_path("r", 0, 0)
+    document = json.loads(path.read_text())
+    next(iter(document["parts"].values()))[0][fact] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=path.name):
+        connect(store.path)

@@ -1,4 +1,4 @@
-"""The views of layers, cost, pairs of runs and events on planted rows whose answers are known."""
+"""The views of layers, pairs of runs and events on planted rows whose answers are known."""
 
 from __future__ import annotations
 
@@ -74,52 +74,6 @@ def test_zeros_and_nonfinite_entries_are_told_with_their_steps(plant, ask):
     }
     assert (found["nan", "nonfinite"]["first_rms"], found["nan", "nonfinite"]["nonfinite"]) == (2.0, 12)
     assert found["odd", "dead"]["trend"] is None
-
-
-# -- cost ----------------------------------------------------------------------------------------------------------
-
-
-def test_cost_by_part_against_the_budget(plant, ask):
-    plant("runs", [{"step": 0, "max_overhead": 0.5}])
-    plant("runs", [{"step": 2, "max_overhead": 0.01}], attempt=1)
-    for rank, seconds in ((0, 0.04), (1, 0.02)):
-        plant("steps", [{"step": s, "seconds": 2.0, "telemetry_seconds": seconds} for s in (1, 2)], rank=rank)
-        plant("steps", [{"step": 2, "seconds": 2.0, "telemetry_seconds": seconds / 4}], rank=rank, attempt=1)
-    lanczos = {"operator": "hessian", "estimator": "lanczos"}
-    plant(
-        "curvature", [{"step": 1, "index": i, "seconds": s} | lanczos for i, s in ((0, 0.01), (1, None), (-1, 0.005))]
-    )
-    plant("curvature", [{"step": 2, "index": 0, "seconds": 9.0} | lanczos])  # taken again
-    plant("spectra", [{"step": 1, "operator": "hessian", "estimator": "slq", "seconds": 0.003}])
-    plant("head_effects", [{"step": 1, "head": h, "seconds": 0.002} for h in range(4)])
-    found = by(ask("FROM cost"), "rank", "part")
-    assert list(found) == [(0, "all"), (0, "hessian lanczos"), (0, "hessian slq"), (0, "knock_out"), (1, "all")]
-    columns = (
-        "steps",
-        "first_step",
-        "last_step",
-        "telemetry_seconds",
-        "run_seconds",
-        "share",
-        "worst_seconds",
-        "is_over",
-    )
-    chosen = {key: tuple(row[c] for c in columns) for key, row in found.items()}
-    assert chosen == {
-        (0, "all"): (2, 1, 2, approx(0.05), 4.0, approx(0.0125), 0.04, True),
-        (0, "hessian lanczos"): (1, 1, 1, approx(0.015), 4.0, approx(0.00375), approx(0.015), None),
-        (0, "hessian slq"): (1, 1, 1, 0.003, 4.0, approx(0.00075), 0.003, None),
-        (0, "knock_out"): (1, 1, 1, 0.002, 4.0, approx(0.0005), 0.002, None),
-        (1, "all"): (2, 1, 2, approx(0.025), 4.0, approx(0.00625), 0.02, False),
-    }
-    assert {row["max_overhead"] for row in found.values()} == {0.01}
-
-
-def test_cost_of_steps_without_times(plant, ask):
-    plant("steps", [{"step": 1, "loss": 1.0}], run_id="untimed")
-    plant("steps", [{"step": 1, "seconds": 0.0, "telemetry_seconds": 0.0}], run_id="instant")
-    for row in ask("FROM cost"):
-        assert (row["part"], row["steps"], row["share"], row["is_over"]) == ("all", 1, None, None)
 
 
 # -- pairs of runs -------------------------------------------------------------------------------------------------

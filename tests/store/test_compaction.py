@@ -11,8 +11,9 @@ import pytest
 from store_children import compact_for_ever, write_for_ever
 from store_trees import LAYERS, STEPS_A_PART, fill, written
 
-from lm_telemetry.compaction import compact, delete_retired, locked, sort_keys
+from lm_telemetry.compaction import compact, delete_retired, locked
 from lm_telemetry.errors import StoreError
+from lm_telemetry.merging import sort_keys
 from lm_telemetry.queries import connect
 from lm_telemetry.verify import verify
 
@@ -45,14 +46,17 @@ def test_what_was_replaced_is_deleted_only_after_the_grace(store):
     assert connect(store.path).execute(ROWS).fetchall() == written(3)
 
 
-def test_what_was_replaced_twice_within_a_grace_is_all_deleted(store):
+def test_what_was_merged_several_times_within_a_grace_is_one_file_in_the_end(store):
     for i in range(3):
         fill(store, parts=2, first=1 + 2 * i * STEPS_A_PART, seq=2 * i)
         compact(store, "r", 0, grace_seconds=60)
-    assert len(files(store)) == 6 + 3
+    assert len(files(store)) == 6
     delete_retired(store, "r", 0, grace_seconds=0)
-    assert files(store) == ["compact-3-0.parquet"]
+    assert files(store) == [f"compact-{i}-0.parquet" for i in (1, 2, 3)]
+    compact(store, "r", 0, grace_seconds=0)
+    assert files(store) == ["compact-4-0.parquet"]
     assert connect(store.path).execute(ROWS).fetchall() == written(6)
+    assert verify(store.path, deep=True) == []
 
 
 def test_full_files_are_left_alone_and_hold_whole_parts(store):
@@ -183,10 +187,10 @@ def test_reads_are_right_while_a_writer_writes_and_two_compactors_compact(store)
     for child in children:
         child.start()
     ours.close()
-    last, reads, wrong, merged = acknowledged.recv(), 0, [], 0
+    last, reads, wrong, merged, switched = acknowledged.recv(), 0, [], 0, False
     try:
         con = connect(store.path)
-        while reads < 200:
+        while reads < 200 or (reads < 2000 and not has_visible_files(store)):
             while acknowledged.poll():
                 last = acknowledged.recv()
             found = con.execute("SELECT count(*), sum(loss), count(DISTINCT step), max(step) FROM steps").fetchone()
@@ -195,6 +199,7 @@ def test_reads_are_right_while_a_writer_writes_and_two_compactors_compact(store)
                 wrong.append((last, found))
             reads += 1
         merged = json.loads((store.manifests("r") / "compaction/rank=0.json").read_text())["generation"]
+        switched = has_visible_files(store)
         assert all(child.is_alive() for child in children)
     finally:
         for child in children:
@@ -202,6 +207,12 @@ def test_reads_are_right_while_a_writer_writes_and_two_compactors_compact(store)
             child.join()
     assert wrong == []
     assert merged > 3  # files were replaced while we read
+    assert switched  # and some became visible to all readers
+
+
+def has_visible_files(store):
+    manifest = json.loads((store.manifests("r") / "compaction/rank=0.json").read_text())
+    return any(not file["file"].startswith("_merged/") for file in manifest["files"]["steps"])
 
 
 def test_duckdb_s_own_error_is_what_a_query_over_deleted_files_gets(store):

@@ -212,6 +212,6 @@ def test_a_run_that_is_flushed_often_ends_in_a_few_files(tmp_path, undisturbed):
             assert session.flush()
         assert len(list(path.glob("steps/*/*/*.parquet"))) == 3 * STEPS
     assert loop.losses == undisturbed
-    assert len(list(path.glob("steps/*/*/compact-*.parquet"))) == 1
+    assert len(list(path.glob("_merged/steps/*/*/compact-*.merged"))) == 1
     assert steps_of(path) == list(range(1, 3 * STEPS + 1))
     assert verify(path, deep=True) == []

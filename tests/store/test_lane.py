@@ -5,6 +5,7 @@ import random
 import pytest
 from remote_stores import Parts, Weather, clear, held, listed
 
+from lm_telemetry.errors import StoreError
 from lm_telemetry.lane import Lane
 from lm_telemetry.queries import connect
 from lm_telemetry.store import Store
@@ -194,6 +195,88 @@ def test_what_arrived_before_a_death_is_not_lost_by_going_here(store, remote):
     bring(lane, remote)
     assert len(listed(remote)) == 1
     assert listed(remote, key="lost") == []
+    lane.let_go()
+
+
+def test_a_part_goes_or_arrives_whenever_another_thread_makes_room(store, remote):
+    # Whoever waits for the lock gets it at each of its releases: there, everything that may go goes.
+    parts = Parts(store)
+    parts.write(6)
+    lane = Lane.take(store, "r", 0, 0)
+    lane.refresh()
+    lock, left = lane._mutex, 3
+
+    class Contended:
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *_):
+            nonlocal left
+            lock.release()
+            if lane._mutex is self and left and lane._listed.parts:
+                left -= 1
+                lane._mutex = lock
+                lane.drop_oldest()
+                lane._mutex = self
+
+    lane._mutex = Contended()
+    bring(lane, remote)
+    arrived, lost = listed(remote), listed(remote, key="lost")
+    assert len(lost) == 3
+    assert sorted(arrived + lost) == sorted(part.file for part in parts.manifest.parts)
+    lane.let_go()
+
+
+def test_a_part_that_goes_while_a_place_is_resumed_is_listed_once(store, remote):
+    parts = Parts(store)
+    parts.write(2)
+    lane = Lane.take(store, "r", 0, 0)
+    remote.after = lambda operation, name: lost_answer() if operation == "put_json" else None
+
+    def lost_answer():
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        bring(lane, remote)
+    lane._held.close()
+    lane = Lane.take(store, "r", 0, 0)
+    remote.after = lambda operation, name: None
+    read = remote.read_json
+
+    def read_json(name):
+        document = read(name)
+        lane.drop_oldest()
+        return document
+
+    remote.read_json = read_json
+    bring(lane, remote)
+    assert len(listed(remote)) == 2
+    assert listed(remote, key="lost") == []
+    lane.let_go()
+
+
+def test_a_file_that_goes_before_it_was_looked_at_is_lost(store, remote):
+    parts = Parts(store)
+    parts.write(1)
+    lane = Lane.take(store, "r", 0, 0)
+    bring(lane, remote)
+    gone = parts.write(1)
+    (store.path / gone.file).unlink()
+    bring(lane, remote)
+    assert listed(remote, key="lost") == [gone.file]
+    lane.let_go()
+
+
+def test_a_manifest_that_cannot_be_read_is_not_a_finished_one(store, remote):
+    Parts(store).write(1)
+    lane = Lane.take(store, "r", 0, 0)
+    bring(lane, remote)
+    store.manifest_path("r", 0, 0).write_text("{")
+    with pytest.raises(StoreError):
+        lane.refresh()
+    lane.let_go()
+    lane = Lane.take(store, "r", 0, 0)
+    assert lane is not None
     lane.let_go()
 
 

@@ -26,6 +26,7 @@ from lm_telemetry.queries import connect
 from lm_telemetry.remote import Remote
 from lm_telemetry.settings import Settings
 from lm_telemetry.spool import Spool, spool_path
+from lm_telemetry.verify_remote import verify_remote
 
 URL = "s3://telemetry/runs/store"
 QUICK = {"every": 1, "flush_seconds": 0.05, "instruments": {"activations": {}}, "strict": True}
@@ -235,8 +236,10 @@ def test_a_silent_endpoint_stops_neither_training_nor_the_end(endpoint, spawn):
     assert spooled() == []
 
 
-def test_kill_9_with_rows_in_the_spool_and_a_restart(endpoint, spawn):
-    endpoint.stop()
+@pytest.mark.parametrize("is_down", [True, False])
+def test_kill_9_with_rows_in_the_spool_and_a_restart(endpoint, spawn, is_down):
+    if is_down:
+        endpoint.stop()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     run = spawn(upload_children.write_for_ever, "killed", theirs)
     acknowledged = 0
@@ -248,7 +251,11 @@ def test_kill_9_with_rows_in_the_spool_and_a_restart(endpoint, spawn):
     while ours.poll(0):
         acknowledged = ours.recv()
     assert run.exitcode == -signal.SIGKILL
-    endpoint.start()
+    if is_down:
+        endpoint.start()
+    # At any moment the remote is a whole, maybe older, store: a file may be there that nothing lists yet.
+    early = verify_remote(URL, deep=True) if not is_down else []
+    assert [finding.kind for finding in early if finding.severity == "error"] == []
     again = spawn(upload_children.write, "next", 1)
     again.join(60)
     assert again.exitcode == 0
@@ -257,6 +264,7 @@ def test_kill_9_with_rows_in_the_spool_and_a_restart(endpoint, spawn):
     assert count == distinct == last
     assert acknowledged <= last <= acknowledged + 1
     assert ask("SELECT count(*) FROM steps WHERE run_id = 'next'") == [(1,)]
+    assert verify_remote(URL, deep=True) == []
 
 
 def test_a_process_that_closes_nothing_still_uploads(endpoint):

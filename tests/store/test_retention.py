@@ -7,12 +7,13 @@ import time
 import pytest
 from store_trees import fill
 
-from lm_telemetry.compaction import compact
+from lm_telemetry.compaction import compact, delete_retired
 from lm_telemetry.errors import StoreError
 from lm_telemetry.queries import connect
 from lm_telemetry.repair import repair
 from lm_telemetry.retention import prune
 from lm_telemetry.verify import verify
+from lm_telemetry.visibility import visible
 
 DAY = 86_400
 
@@ -105,11 +106,33 @@ def test_a_run_that_is_launched_again_before_it_is_deleted_is_kept(runs):
     assert connect(runs.path).execute("SELECT count(*) FROM raw.steps WHERE run_id = 'a'").fetchone() == (12,)
 
 
+def test_hidden_files_go_with_their_run_and_count_once(runs):
+    compact(runs, "a", 0)
+    files = [p for p in runs.path.rglob("*") if p.is_file() and "run_id=a" in str(p)]
+    size = sum(p.stat().st_size for p in files)
+    assert [p.suffix for p in files].count(".merged") == 2
+    (run,) = prune(runs, max_age_days=35, dry_run=True)
+    assert (run.run_id, run.bytes) == ("a", size)
+    for hidden in (runs.path / "_merged").rglob("*.merged"):
+        (runs.path / visible(str(hidden.relative_to(runs.path)))).hardlink_to(hidden)
+    (run,) = prune(runs, max_age_days=35, dry_run=True)
+    assert run.bytes == size
+    prune(runs, max_age_days=35, grace_seconds=0)
+    assert list(runs.path.rglob("run_id=a")) == []
+
+
+def test_a_run_that_was_given_up_is_left_hidden(runs):
+    compact(runs, "a", 0)
+    prune(runs, max_age_days=35)
+    assert delete_retired(runs, "a", 0, grace_seconds=0) == 0
+    assert list(runs.path.glob("*/run_id=a/rank=0/compact-*")) == []
+
+
 def test_a_run_that_was_given_up_is_not_compacted(runs):
     prune(runs, max_age_days=35)
     done = compact(runs, "a", 0)
     assert (done.files_after, done.busy) == (0, False)
-    assert list(runs.path.glob("*/run_id=a/rank=0/compact-*")) == []
+    assert list(runs.path.rglob("run_id=a/rank=0/compact-*")) == []
 
 
 def test_a_broken_mark_is_named_and_put_aside(runs):

@@ -1,15 +1,15 @@
 """The uploader's thread behind a real writer, at `memory://`: outages, hangs, a full spool, what others have left."""
 
+import os
+import threading
 import time
 
 import pytest
 from remote_stores import URL, Gate, Parts, Weather, clear, listed
 
-from lm_telemetry.errors import StoreError
+from lm_telemetry.lane import Lane
 from lm_telemetry.queries import connect
-from lm_telemetry.spool import Spool
-from lm_telemetry.store import Store
-from lm_telemetry.uploader import Uploader, upload_spool
+from lm_telemetry.uploader import Uploader
 
 MUCH = 2**30
 
@@ -89,7 +89,7 @@ def test_an_outage_loses_nothing_and_is_told(make, remote):
     assert uploader.drain(10)
     remote.before = down
     write(writer, 2, 3)
-    assert not uploader.drain(10)
+    assert not uploader.drain(0.1)
     write(writer, 4)
     assert losses() == [1.0]
     remote.before = lambda operation, name: None
@@ -155,6 +155,28 @@ def test_past_the_bound_the_oldest_go_and_an_event_counts_them(make, remote, sto
     assert len(events) == 1
 
 
+def test_two_threads_that_make_room_at_once_give_up_no_more_than_one(store, remote, monkeypatch):
+    parts = Parts(store)
+    parts.write(10)
+    uploader = Uploader(store, remote, limit_bytes=5 * parts.manifest.parts[0].bytes, own=("r", 0, 0))
+    uploader._own.refresh()
+    drop = Lane.drop_oldest
+
+    def slowly(self):
+        time.sleep(0.02)
+        return drop(self)
+
+    monkeypatch.setattr(Lane, "drop_oldest", slowly)
+    threads = [threading.Thread(target=uploader._keep_bound) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert uploader.stats.waiting_parts == 5
+    assert uploader.stats.dropped_parts == 5
+    uploader._own.let_go()
+
+
 def test_what_a_dead_process_left_is_taken_along(make, store):
     Parts(store, run_id="old", attempt=2).write(3)
     writer, uploader = make()
@@ -182,13 +204,74 @@ def test_a_damaged_leftover_holds_up_nothing(make, store):
     for run_id in ("damaged", "older", "sound"):
         Parts(store, run_id=run_id).write(1)
     store.manifest_path("damaged", 0, 0).write_text("{")
+    notes = store.path / "_uploads" / "run_id=no-note" / "attempt=0"
+    notes.mkdir(parents=True)
+    (notes / "rank=0.json").write_text("{")
+    Parts(store, run_id="no-note").write(1)
+    part = Parts(store, run_id="no-file").write(1)
+    (store.path / part.file).unlink()
+    (store.path / part.file).mkdir()
+    (store.manifests("sound") / "attempt=x").mkdir()
+    (store.manifests("sound") / "attempt=x" / "rank=0.json").write_text("{}")
     writer, uploader = make()
     write(writer, 1)
-    assert not uploader.drain(10)
+    assert uploader.drain(10)
     assert there("SELECT DISTINCT run_id FROM steps ORDER BY 1") == [("older",), ("r",), ("sound",)]
-    assert writer.flush(10)
-    uploader.drain(10)
-    assert there("SELECT kind FROM events") == [("upload_failed",)]
+    write(writer, 2)
+    assert uploader.drain(10)
+    assert there("SELECT kind, count(*) FROM events GROUP BY ALL") == [("spool_damaged", 3)]
+    stats = uploader.stats
+    assert (stats.damaged, stats.failures) == (3, 0)
+
+
+def test_a_leftover_that_is_mended_is_taken_along(make, store, monkeypatch):
+    monkeypatch.setattr("lm_telemetry.uploader.RESCAN_SECONDS", 0.0)
+    Parts(store, run_id="damaged").write(1)
+    path = store.manifest_path("damaged", 0, 0)
+    content = path.read_bytes()
+    path.write_text("{")
+    _, uploader = make()
+    wait_until(lambda: uploader.stats.damaged)
+    path.write_bytes(content)
+    wait_until(lambda: uploader.stats.parts == 1)
+    assert uploader.drain(10)
+    assert uploader.stats.damaged == 0
+
+
+def test_the_end_of_a_run_tries_again_while_there_is_time(make, remote):
+    writer, uploader = make()
+    refused = []
+
+    def flicker(operation, name):
+        if len(refused) < 3:
+            refused.append(operation)
+            raise ConnectionResetError
+
+    remote.before = flicker
+    write(writer, 1)
+    assert uploader.drain(20)
+    assert len(refused) == 3
+
+
+def test_what_waits_is_known_while_nothing_can_be_brought(make, remote, store):
+    for run_id in ("a", "b", "c"):
+        Parts(store, run_id=run_id).write(2)
+    remote.before = down
+    _, uploader = make()
+    wait_until(lambda: uploader.stats.failures)
+    assert uploader.stats.waiting_parts == 6
+
+
+def test_closing_in_a_forked_child_waits_for_no_lock_of_the_parents(make):
+    _, uploader = make()
+    held = uploader._changed  # by a thread that the child does not have
+    with held:
+        child = os.fork()
+        if child == 0:
+            threading.Thread(target=lambda: (uploader.close(5), os._exit(7)), daemon=True).start()
+            time.sleep(5)
+            os._exit(8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_finished_runs_are_not_asked_for_again(make, remote, store):
@@ -201,58 +284,3 @@ def test_finished_runs_are_not_asked_for_again(make, remote, store):
     _, other = make(run_id="s")
     assert other.drain(10)
     assert [name for _, name in remote.done if "run_id=r" in name] == []
-
-
-def test_a_spool_can_be_brought_up_by_hand(store, remote, tmp_path):
-    Parts(store).write(2)
-    Parts(store, rank=1).write(2)
-    stats = upload_spool(store.path, URL, seconds=10)
-    assert (stats.parts, stats.waiting_parts) == (4, 0)
-    assert there("SELECT rank, count(*) FROM steps GROUP BY ALL ORDER BY 1") == [(0, 2), (1, 2)]
-    with pytest.raises(StoreError, match="no spool"):
-        upload_spool(tmp_path / "nothing", URL, seconds=10)
-
-
-def test_launches_from_two_places_take_two_numbers(tmp_path):
-    here, there_ = (Spool(URL, str(tmp_path / name), MUCH) for name in ("here", "there"))
-    assert [here.claim_attempt("r"), there_.claim_attempt("r"), here.claim_attempt("r")] == [0, 1, 2]
-    assert there_.claim_attempt("other") == 0
-
-
-def test_a_launch_that_cannot_ask_is_told_apart_later(tmp_path, monkeypatch, caplog):
-    first = Spool(URL, str(tmp_path / "here"), MUCH)
-    second = Spool(URL, str(tmp_path / "there"), MUCH)
-    monkeypatch.setattr(second._remote.filesystem, "find", lambda *_, **__: down("find", ""))
-    numbers = [first.claim_attempt("r"), second.claim_attempt("r")]
-    assert numbers == [0, 0]
-    assert "claimed here alone" in caplog.text
-    told = []
-    for spool in (first, second):
-        Parts(spool.store).write(2)
-        uploader = spool.uploader("r", 0, 0)
-        uploader.start(lambda *words, **fields: told.append((words, fields)))
-        assert uploader.close(10)
-    ((severity, kind, _), fields) = told[0]
-    assert (len(told), severity, kind) == (1, "warning", "run_apart")
-    assert there("SELECT run_id, count(*) FROM steps GROUP BY ALL ORDER BY 1") == [
-        ("r", 2),
-        (fields["remote_run_id"], 2),
-    ]
-    # Who cannot ask leaves no claim, but what it wrote is one.
-    first._remote.filesystem.rm_file("/bucket/store/_manifests/run_id=r/attempt=0/claim.json")
-    assert Spool(URL, str(tmp_path / "third"), MUCH).claim_attempt("r") == 1
-
-
-def test_a_store_that_refuses_fails_at_once_and_one_that_is_silent_does_not(tmp_path, monkeypatch, caplog):
-    def refuse(self, name, document):
-        raise PermissionError("Access Denied")
-
-    monkeypatch.setattr("lm_telemetry.remote.Remote.put_json", refuse)
-    with pytest.raises(StoreError, match="Access Denied"):
-        Spool(URL, str(tmp_path), MUCH)
-    gate = Gate()
-    monkeypatch.setattr("lm_telemetry.remote.Remote.put_json", lambda *_: gate("put_json", ""))
-    monkeypatch.setattr("lm_telemetry.spool.REACH_SECONDS", 0.1)
-    assert isinstance(Spool(URL, str(tmp_path), MUCH).store, Store)
-    assert "rows will wait" in caplog.text
-    gate.opened.set()

@@ -18,6 +18,7 @@ from lm_telemetry.store import SEAL_AFTER
 from lm_telemetry.verify import verify
 
 PARTITION = "steps/run_id=r/rank=0"
+HIDDEN = "_merged/steps/run_id=r/rank=0"
 
 
 def answer(store):
@@ -340,7 +341,7 @@ def test_a_lost_compacted_file_is_replaced_by_parts_that_are_still_there(store):
     fill(store, parts=3)
     compact(store, "r", 0, grace_seconds=60)
     fill(store, parts=1, first=13, seq=3)
-    truncate(store.path / PARTITION / "compact-1-0.parquet")
+    truncate(store.path / HIDDEN / "compact-1-0.merged")
     assert ("error", "damaged") in kinds(store)
     assert mend(store) == ["compaction", "quarantined"]
     assert answer(store) == written(4)
@@ -362,7 +363,7 @@ def test_parts_between_compacted_files_stay_where_a_file_was_lost(store):
     compact(store, "r", 0, grace_seconds=60, file_rows=2 * STEPS_A_PART)
     for seq in (0, 1, 4, 5):  # of the middle file alone the parts are still there
         (store.path / PARTITION / f"part-0-{seq}.parquet").unlink()
-    (store.path / PARTITION / "compact-1-1.parquet").unlink()
+    (store.path / HIDDEN / "compact-1-1.merged").unlink()
     mend(store)
     assert answer(store) == written(6)
     compact(store, "r", 0, grace_seconds=0)
