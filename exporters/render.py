@@ -1,87 +1,87 @@
-"""Latest values as Prometheus text: what a metric is called, how rows become series, and what is left out.
+"""Latest values as metric families: how rows become series, and what is left out. `naming` says what they are called.
 
 Decisions:
 
-- Names follow the SQL: `lm_telemetry_<table>_<column>`, with `_seconds` where the unit asks for it; HELP is the
-  catalogue's meaning.
 - A gauge holds the last value that was measured; NULL leaves it as it is. As it then looks fresh for ever, the last
   captured step and time of each table are always served beside it.
-- The number of series is bounded by the model's depth, not by its heads or tensors: heads become the mean, maximum and
-  minimum of their layer, parameter tensors one norm per layer. There is no `head` and no `step` label.
-- At most `MAX_SERIES` are served, the same ones each time, so that series do not come and go: those of tables that
-  come later in `_LABELS` give way first. How many were left out is a metric.
+- Counters carry an exemplar where it leads to a row: an event's kind and step, the step of a capture that was paid for.
+- Labels of the run itself (model, dtype, ranks, ...) stand in `lm_telemetry_run_info` alone, and are joined to others
+  by `run_id` and `rank`.
+- At most `MAX_SERIES` are served for a run and rank, the same ones each time, so that series do not come and go. How
+  many were left out is a metric. Nor are more than `KEPT_SERIES` kept, whatever labels the rows bring.
+- What is not known is not served: without a row of `runs` there is no budget, without a writer there are no counts of
+  what it wrote.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import generate_latest
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from lm_telemetry.catalogue import columns, metric
+from lm_telemetry.catalogue import metric
+from lm_telemetry.exporters.exposition import expose
+from lm_telemetry.exporters.naming import (
+    BY_HEAD,
+    LABELS,
+    PREFIX,
+    SUMMED,
+    exported_columns,
+    metric_labels,
+    metric_name,
+    metric_stats,
+    metric_unit,
+)
+from lm_telemetry.exporters.summary import Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import pyarrow as pa
 
     from lm_telemetry.writer import WriterStats
 
 MAX_SERIES = 2000
+"""Series served for one rank of one run."""
+KEPT_SERIES = 50 * MAX_SERIES
+"""Series held in memory for it; past it, rows with labels that were not seen before are passed over."""
 LABEL_LIMIT = 200
 """Characters kept of a label's value."""
+KIND_LIMIT = 64
+"""Characters kept of an event's kind, so that its exemplar stays under the 128 that OpenMetrics allows."""
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_RUN_INFO = (
+    "model_class", "n_parameters", "n_layers", "n_heads", "hidden_size", "dtype", "attention", "mode", "optimizer",
+    "world_size",
+)  # fmt: skip
+"""Columns of `runs` that become labels of `lm_telemetry_run_info`."""
 
-_LABELS: dict[str, tuple[str, ...]] = {
-    "steps": (),
-    "curvature": ("operator", "scope", "estimator", "index"),
-    "params": ("stack", "layer"),
-    "layers": ("stack", "layer", "site"),
-    "representations": ("stack", "layer", "site"),
-    "heads": ("stack", "layer", "kind"),
-    "head_effects": ("stack", "layer", "kind", "ablation"),
-    "key_mass": ("stack", "layer", "kind"),
-}
-"""Labels of each exported table."""
-
-_BY_HEAD = ("heads", "head_effects", "key_mass")
-"""Tables with a row for each head, of which a layer's mean, maximum and minimum are served."""
-
-_STATS = ("mean", "max", "min")
+_SEVERITIES = ("info", "warning", "error")
+"""Counted from the start; events of any other severity become those of `other`."""
 
 _COUNTERS = {
-    "rows": ("written_rows", "Rows on disk."),
-    "bytes": ("written_bytes", "Bytes of Parquet on disk."),
-    "dropped_captures": ("dropped_captures", "Captures refused because too many were waiting."),
-    "dropped_rows": ("dropped_rows", "Rows given up because nothing could be written for too long."),
-    "capture_failures": ("capture_failures", "Captures that raised or did not fit the catalogue."),
-    "flush_failures": ("flush_failures", "Flushes that did not reach the disk."),
+    "rows": ("written_rows", "rows on disk"),
+    "bytes": ("written_bytes", "bytes of Parquet on disk"),
+    "dropped_captures": ("dropped_captures", "captures refused because too many were waiting"),
+    "dropped_rows": ("dropped_rows", "rows given up because nothing could be written for too long"),
+    "capture_failures": ("capture_failures", "captures that raised or did not fit the catalogue"),
+    "flush_failures": ("flush_failures", "flushes that did not reach the disk"),
 }
 
-_Series = dict[tuple[Any, ...], float]
-"""Values by the values of the labels."""
-
-
-def metric_name(table: str, column: str) -> str:
-    """Name under which Prometheus knows a column: `lm_telemetry_steps_loss`."""
-    name = f"lm_telemetry_{table}_{column}"
-    return f"{name}_seconds" if metric(table, column).unit == "s" and not name.endswith("_seconds") else name
-
-
-def metric_labels(table: str, column: str) -> tuple[str, ...]:
-    """Labels of a column's series, beside `run_id` and `rank`."""
-    summarised = table in _BY_HEAD or (table, column) == ("params", "update_ratio")
-    return (*_LABELS[table], "stat") if summarised else _LABELS[table]
+_Series = dict[tuple[str, ...], tuple[float, Exemplar | None]]
+"""Values, and exemplars, by the values of the labels."""
 
 
 class Latest:
-    """The latest value of every exported column, as a collector for a registry of its own."""
+    """The latest value of every exported column of one rank of one run.
+
+    Args:
+        run_id: label of every series.
+        rank: label of every series.
+        info: labels of `lm_telemetry_run_info`; those of the row of `runs` are added when it comes.
+    """
 
     def __init__(self, *, run_id: str, rank: int, info: Mapping[str, str]) -> None:
         self._run = (_clean(run_id), str(rank))
@@ -89,41 +89,34 @@ class Latest:
         for name in ("run_id", "rank"):
             self._info.pop(name, None)
         self._series: dict[tuple[str, str], _Series] = {
-            (table, m.name): {} for table in _LABELS for m in columns(table) if m.exported
+            (table, column): {} for table in LABELS for column in exported_columns(table)
         }
+        self._kept = 0
         self._last: dict[str, tuple[int, float]] = {}
-        self._telemetry_seconds = 0.0
+        self._seconds = dict.fromkeys(("telemetry_seconds", "seconds"), 0.0)
+        self._max_overhead: float | None = None
+        self._events: dict[str, tuple[int, Exemplar | None]] = dict.fromkeys(_SEVERITIES, (0, None))
         self._stats: WriterStats | None = None
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
 
     def observe(self, table: str, rows: pa.Table) -> None:
         """Take in a batch of rows of one step."""
         last = rows.slice(rows.num_rows - 1).select(["step", "time"]).to_pylist()[0]
         self._last[table] = (last["step"], last["time"].timestamp())
-        if table == "steps":
-            self._telemetry_seconds += sum(s for s in rows["telemetry_seconds"].to_pylist() if s is not None)
-        if table in _BY_HEAD:
-            self._observe_heads(table, rows)
-        elif table == "params":
-            self._observe_params(rows)
-        elif table in _LABELS:
-            for column in self._columns(table):
-                self._set(table, column, rows, column)
+        if table == "runs":
+            self._observe_run(rows)
+        elif table == "events":
+            self._observe_events(rows)
+        elif table in LABELS:
+            if table == "steps":
+                for name in self._seconds:
+                    self._seconds[name] += sum(s for s in rows[name].to_pylist() if s is not None)
+            self._observe_values(table, rows)
 
     def flushed(self, stats: WriterStats) -> None:
         """Take in what the writer has done."""
         self._stats = stats
 
-    def render(self) -> bytes:
-        """All of it in the text exposition format."""
-        return generate_latest(self._registry)
-
-    def describe(self) -> Iterator[Any]:
-        """Nothing: the registry need not ask for values to learn names."""
-        return iter(())
-
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """The metric families, at most `MAX_SERIES` series in all."""
         about = list(self._about())
         yield from about
@@ -132,90 +125,128 @@ class Latest:
         for (table, column), series in self._series.items():
             if not series:
                 continue
-            family = _gauge(metric_name(table, column), metric(table, column).meaning, metric_labels(table, column))
-            for labels in islice(sorted(series, key=_order), room):
-                family.add_metric([*self._run, *map(_clean, labels)], series[labels])
+            make = CounterMetricFamily if table in SUMMED else GaugeMetricFamily
+            family = make(
+                metric_name(table, column),
+                metric(table, column).meaning,
+                labels=["run_id", "rank", *metric_labels(table, column)],
+                unit=metric_unit(table, column),
+            )
+            for labels, (value, exemplar) in islice(series.items(), room):
+                if isinstance(family, CounterMetricFamily):
+                    family.add_metric([*self._run, *labels], value, exemplar=exemplar)
+                else:
+                    family.add_metric([*self._run, *labels], value)
             room -= len(family.samples)
             left_out += len(series) - len(family.samples)
             if family.samples:
                 yield family
-        family = _gauge("lm_telemetry_left_out_series", f"Series left out to stay at {MAX_SERIES}.", ())
-        family.add_metric(self._run, left_out)
-        yield family
+        yield self._gauge("left_out_series", f"series left out to stay at {MAX_SERIES}", {(): left_out})
 
-    def _about(self) -> Iterator[Any]:
-        """Families about the telemetry itself."""
-        info = GaugeMetricFamily(
-            "lm_telemetry_run_info", "What the run is; always 1.", labels=["run_id", "rank", *self._info]
-        )
-        info.add_metric([*self._run, *self._info.values()], 1)
+    def _about(self) -> Iterator[Metric]:
+        """Families about the run and the telemetry itself."""
+        info = InfoMetricFamily(f"{PREFIX}_run", "what the run is; always 1", labels=["run_id", "rank"])
+        info.add_metric(self._run, self._info)
         yield info
-        step = _gauge("lm_telemetry_last_step", "Last step of which the table has a row.", ("table",))
-        when = _gauge("lm_telemetry_last_capture_timestamp_seconds", "When that row was captured.", ("table",))
-        for table, (number, seconds) in sorted(self._last.items()):
-            step.add_metric([*self._run, table], number)
-            when.add_metric([*self._run, table], seconds)
-        yield step
-        yield when
-        yield self._counter("telemetry_seconds", "Time the agent took on the training thread.", self._telemetry_seconds)
-        for attribute, (name, meaning) in _COUNTERS.items():
-            yield self._counter(name, meaning, getattr(self._stats, attribute, 0))
+        steps: dict[tuple[str, ...], float] = {(table,): step for table, (step, _) in sorted(self._last.items())}
+        times: dict[tuple[str, ...], float] = {(table,): time for table, (_, time) in sorted(self._last.items())}
+        yield self._gauge("last_step", "last step of which the table has a row", steps, "table")
+        yield self._gauge("last_capture_timestamp_seconds", "when that row was captured", times, "table")
+        telemetry, run = self._seconds["telemetry_seconds"], self._seconds["seconds"]
+        yield self._counter("telemetry_seconds", "time the agent took on the training thread", telemetry)
+        yield self._counter("run_seconds", "wall time of all steps", run)
+        if self._max_overhead is not None:
+            meaning = "share of the training time the agent may take"
+            yield self._gauge("max_overhead", meaning, {(): self._max_overhead})
+        events = CounterMetricFamily(f"{PREFIX}_events", "events by severity", labels=["run_id", "rank", "severity"])
+        for severity, (count, exemplar) in self._events.items():
+            events.add_metric([*self._run, severity], count, exemplar=exemplar)
+        yield events
+        if self._stats is not None:
+            yield self._gauge(
+                "queue_captures", "captures and events that wait to be taken in", {(): self._stats.queued}
+            )
+            for attribute, (name, meaning) in _COUNTERS.items():
+                yield self._counter(name, meaning, getattr(self._stats, attribute))
 
-    def _counter(self, name: str, meaning: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"lm_telemetry_{name}", meaning, labels=["run_id", "rank"])
+    def _gauge(self, name: str, meaning: str, values: Mapping[tuple[str, ...], float], *labels: str) -> Metric:
+        family = GaugeMetricFamily(f"{PREFIX}_{name}", meaning, labels=["run_id", "rank", *labels], unit=_unit_of(name))
+        for own, value in values.items():
+            family.add_metric([*self._run, *own], value)
+        return family
+
+    def _counter(self, name: str, meaning: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"{PREFIX}_{name}", meaning, labels=["run_id", "rank"], unit=_unit_of(name))
         family.add_metric(self._run, value)
         return family
 
-    def _columns(self, table: str) -> list[str]:
-        return [column for t, column in self._series if t == table]
+    def _observe_run(self, rows: pa.Table) -> None:
+        row = rows.slice(rows.num_rows - 1).to_pylist()[0]
+        self._info |= {name: _clean(row[name]) for name in _RUN_INFO if row[name] is not None}
+        self._max_overhead = row["max_overhead"]
 
-    def _set(self, table: str, column: str, rows: pa.Table, values: str, *more: str) -> None:
-        """Take the values of a column of `rows` that are not NULL, under the table's labels and `more`."""
-        labels = [rows[name].to_pylist() for name in _LABELS[table]]
+    def _observe_events(self, rows: pa.Table) -> None:
+        for row in rows.select(["severity", "kind", "step", "time"]).to_pylist():
+            severity = row["severity"] if row["severity"] in _SEVERITIES else "other"
+            # Of exemplars some parsers read plain words only, whatever the format says.
+            kind = re.sub(r"[^\w.-]", "_", str(row["kind"])[:KIND_LIMIT], flags=re.ASCII)
+            labels = {"kind": kind, "step": str(row["step"])}
+            exemplar = Exemplar(labels, 1, row["time"].timestamp())
+            count, _ = self._events.get(severity, (0, None))
+            self._events[severity] = (count + 1, exemplar)
+
+    def _observe_values(self, table: str, rows: pa.Table) -> None:
+        """Take the values that are not NULL; of heads and of parameter tensors what stands for their layer."""
+        names = LABELS[table]
+        if table in BY_HEAD or table == "params":
+            groups = Groups(rows, names)
+            for column in exported_columns(table):
+                stats = metric_stats(table, column)
+                for (key, stat), summary in groups.summarise(rows[column], stats or ("norm",)).items():
+                    self._set(table, column, (*key, stat) if stats else key, summary)
+            return
+        keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True)) or [()] * rows.num_rows
+        for column in exported_columns(table):
+            for key, value in zip(keys, rows[column].to_pylist(), strict=True):
+                if value is not None:
+                    self._set(table, column, key, float(value))
+
+    def _set(self, table: str, column: str, labels: tuple[Any, ...], value: float) -> None:
+        """Give a series its latest value, or add to it where its table is summed."""
         series = self._series[table, column]
-        for i, value in enumerate(rows[values].to_pylist()):
-            if value is not None:
-                series[*(_label(label[i]) for label in labels), *more] = float(value)
-
-    def _observe_heads(self, table: str, rows: pa.Table) -> None:
-        names = self._columns(table)
-        layers = _group(rows, _LABELS[table], [(name, stat) for name in names for stat in _STATS])
-        for name in names:
-            for stat in _STATS:
-                self._set(table, name, layers, f"{name}_{stat}", stat)
-
-    def _observe_params(self, rows: pa.Table) -> None:
-        """Norms of layers, as root of the sum of squares over their tensors; of the ratio, the largest and the mean."""
-        norms = [name for name in self._columns("params") if name != "update_ratio"]
-        for name in norms:
-            values = rows[name].cast(pa.float64())
-            rows = rows.append_column(f"{name}_squared", pc.multiply(values, values))
-        wanted = [(f"{name}_squared", "sum") for name in norms]
-        layers = _group(rows, _LABELS["params"], [*wanted, ("update_ratio", "max"), ("update_ratio", "mean")])
-        for name in norms:
-            total = layers[f"{name}_squared_sum"]
-            self._set("params", name, layers.append_column(name, pc.sqrt(total)), name)
-        for stat in ("max", "mean"):
-            self._set("params", "update_ratio", layers, f"update_ratio_{stat}", stat)
+        key = tuple("other" if label is None else _clean(label) for label in labels)
+        if key not in series:
+            if self._kept >= KEPT_SERIES:
+                return
+            self._kept += 1
+        if table in SUMMED:
+            step, time = self._last[table]
+            before, _ = series.get(key, (0.0, None))
+            series[key] = (before + value, Exemplar({"step": str(step)}, value, time))
+        else:
+            series[key] = (value, None)
 
 
-def _group(rows: pa.Table, keys: tuple[str, ...], aggregations: Any) -> pa.Table:
-    """`rows` grouped by `keys`; `aggregations` as pyarrow takes them, pairs of column and function."""
-    return rows.group_by(list(keys), use_threads=False).aggregate(aggregations)
+def render(latests: Iterable[Latest], *, openmetrics: bool = False) -> bytes:
+    """Several ranks or runs on one page: each family once, with the samples of all."""
+    exposition = expose(merged(latests))
+    return exposition.openmetrics if openmetrics else exposition.text
 
 
-def _gauge(name: str, meaning: str, labels: tuple[str, ...]) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, meaning, labels=["run_id", "rank", *labels])
+def merged(latests: Iterable[Latest]) -> list[Metric]:
+    """The families of all, those of the same name as one."""
+    families: dict[str, Metric] = {}
+    for latest in latests:
+        for family in latest.collect():
+            if family.name in families:
+                families[family.name].samples.extend(family.samples)
+            else:
+                families[family.name] = family
+    return list(families.values())
 
 
-def _label(value: Any) -> Any:
-    """A label's value: what has no layer or index is `other`."""
-    return "other" if value is None else value
-
-
-def _order(labels: tuple[Any, ...]) -> tuple[tuple[float, str], ...]:
-    """Numbers by size, before words."""
-    return tuple((value, "") if isinstance(value, int) else (math.inf, str(value)) for value in labels)
+def _unit_of(name: str) -> str:
+    return next((unit for unit in ("seconds", "bytes") if name.endswith(f"_{unit}")), "")
 
 
 def _clean(value: Any) -> str:

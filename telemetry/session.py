@@ -5,6 +5,7 @@ The store and the port are tried when this is built, so that a run that could no
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from lm_telemetry.bridge import Bridge
     from lm_telemetry.exporters.prometheus import PrometheusExporter
     from lm_telemetry.instruments.base import Columns
     from lm_telemetry.settings import Settings
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for the last rows to be written."""
+
+FORWARD_SECONDS = 20.0
+"""How long it waits for trackers to take what is forwarded."""
 
 UPLOAD_SECONDS = 20.0
 """How long it then waits for a remote store to have them."""
@@ -49,7 +54,7 @@ class Session:
 
     Raises:
         StoreError: the store cannot be written.
-        SettingsError: the port is taken.
+        SettingsError: the port or the host cannot be had.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -58,10 +63,11 @@ class Session:
         self._store = Store.open_for_writing(settings.store) if self._spool is None else self._spool.store
         self._uploader: Uploader | None = None
         self._writer: Writer | None = None
+        self._bridge: Bridge | None = None
         self._early: list[tuple[str, str, str, int, dict[str, Any]]] = []
         for idle in list(_idle):
             idle.give_up_port(settings.prometheus_port)
-        self._exporter = _exporter(settings)
+        self._exporter = self._open_exporter()
         _idle.add(self)
         self.world_size = 1
         self.run_id: str | None = None
@@ -86,11 +92,14 @@ class Session:
         self.described = False
         self.world_size = identity.place.world_size
         if self._exporter is None:
-            self._exporter = _exporter(self._settings)
+            self._exporter = self._open_exporter()
         observers: list[Observer] = []
         if self._exporter is not None:
             self._exporter.start(run_id=identity.run_id, rank=identity.place.rank, model_class=type(model).__name__)
             observers.append(self._exporter)
+        if self._settings.forward_to and identity.place.rank == 0:
+            self._bridge = self._open_bridge(identity.run_id)
+            observers.append(self._bridge)
         if self._spool is not None:
             self._uploader = self._spool.uploader(identity.run_id, identity.attempt, identity.place.rank)
             observers.append(self._uploader)
@@ -149,6 +158,10 @@ class Session:
     def finish(self) -> None:
         """The run is over: write what is left, close the endpoint."""
         if self._writer is not None:
+            bridge, self._bridge = self._bridge, None
+            if bridge is not None:  # while the run can still tell of what was not taken
+                self._writer.flush(CLOSE_SECONDS)
+                bridge.close(FORWARD_SECONDS)
             uploader, self._uploader = self._uploader, None
             arrived = uploader is not None and self._upload(uploader)
             if not self._writer.close(CLOSE_SECONDS):
@@ -162,6 +175,29 @@ class Session:
             self._exporter.close()
             self._exporter = None
 
+    def _open_exporter(self) -> PrometheusExporter | None:
+        """The endpoint that the settings ask for."""
+        settings = self._settings
+        if settings.prometheus_port is None:
+            return None
+        from lm_telemetry.exporters.prometheus import PrometheusExporter
+
+        port = settings.prometheus_port + here().local_rank if settings.prometheus_port else 0
+        return PrometheusExporter(
+            port,
+            host=settings.prometheus_host,
+            access=settings.prometheus_access(),
+            targets=settings.prometheus_targets,
+            tell=partial(self.event, "warning", step=0),
+        )
+
+    def _open_bridge(self, run_id: str) -> Bridge:
+        """What forwards the run's scalars; files of trackers are beside the local store, or beside the spool."""
+        from lm_telemetry.bridge import Bridge
+
+        base = self._settings.store if self._spool is None else self._settings.spool
+        return Bridge(self._settings.forward_to, run_id=run_id, base=base.rstrip("/"), tell=self.event)
+
     def _upload(self, uploader: Uploader) -> bool:
         """Wait for the remote store while the run can still tell of what stays behind; whether nothing does."""
         assert self._writer is not None
@@ -171,7 +207,7 @@ class Session:
         left = uploader.stats
         message = (
             f"{left.waiting_parts} files are left in {self._store.path}, which {self._settings.store} did not take; the"
-            " next run with this store and spool uploads them, or `upload_spool`"
+            " next run with this store and spool uploads them, or `lmt upload`"
         )
         note_failure("the remote store is behind", message)
         self._writer.event(
@@ -196,12 +232,3 @@ class Session:
                 sweep(self._store)
         except Exception as error:  # noqa: BLE001 the rows are all on disk, and training must go on as without us
             note_failure("the store could not be tidied up", error)
-
-
-def _exporter(settings: Settings) -> PrometheusExporter | None:
-    if settings.prometheus_port is None:
-        return None
-    from lm_telemetry.exporters.prometheus import PrometheusExporter
-
-    port = settings.prometheus_port
-    return PrometheusExporter(port + here().local_rank if port else 0)

@@ -21,10 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lm_telemetry.errors import SettingsError
 from lm_telemetry.remote import is_url, unfit
+
+if TYPE_CHECKING:
+    from lm_telemetry.exporters.access import Access
 
 ENTRY_POINT_GROUP = "lm_telemetry.instruments"
 ENV_PREFIX = "LM_TELEMETRY_"
@@ -39,6 +42,7 @@ USUAL_INSTRUMENTS = (
 )
 """Those that run when none are named: the ones whose cost at their usual cadence nobody feels."""
 
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
 _BROKEN_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -64,7 +68,31 @@ class Settings:
     """Batch (a mapping of tensors, with labels) on which curvature is measured. None freezes the run's first batch."""
 
     prometheus_port: int | None = None
-    """Port on 127.0.0.1 for Prometheus; 0 for any free one, None for no endpoint. Local rank is added to it."""
+    """Port for Prometheus; 0 for any free one, None for no endpoint. Local rank is added to it. If it is taken, any
+    free one is, and an event says which."""
+
+    prometheus_host: str = "127.0.0.1"
+    """Address of the interface on which the endpoint listens. The default is reached from this machine alone;
+    `0.0.0.0` and `::` are all interfaces."""
+
+    prometheus_certificate: str | None = None
+    """File with the endpoint's certificate and its chain (PEM). None for plain HTTP."""
+
+    prometheus_key: str | None = None
+    """File with the certificate's private key (PEM, not encrypted). None where the certificate's file holds it."""
+
+    prometheus_client_ca: str | None = None
+    """File with the authorities (PEM) one of which has to have signed a client's certificate. None asks for none."""
+
+    prometheus_auth: str | None = None
+    """File of lines `bearer TOKEN` or `basic USER:PASSWORD`, of which a client has to present one. None asks nobody."""
+
+    prometheus_targets: str | None = None
+    """Directory where a file tells Prometheus (`file_sd_configs`) of each rank's endpoint while it is there."""
+
+    forward_to: Any = ()
+    """Trackers that get the scalars, too: names that accelerate knows (`tensorboard`, `wandb`, `mlflow`, `trackio`),
+    which are opened with the run's name, or its tracker objects, so that a run of the host's own goes on."""
 
     flush_seconds: float = 5.0
     """How long captured rows may stay in memory before they are on disk."""
@@ -109,6 +137,8 @@ class Settings:
             self.prometheus_port,
             "None, 0 for any free port, or a port number up to 65535",
         )
+        self._check_endpoint()
+        object.__setattr__(self, "forward_to", _trackers(self.forward_to))
         _check(
             _is_number(self.flush_seconds) and 0 < self.flush_seconds < float("inf"),
             "flush_seconds",
@@ -131,6 +161,43 @@ class Settings:
         )
         object.__setattr__(self, "instruments", _instruments(self.instruments))
 
+    def _check_endpoint(self) -> None:
+        """Check how the endpoint is guarded, as far as that can be done without a port."""
+        _check(
+            _is_host(self.prometheus_host),
+            "prometheus_host",
+            self.prometheus_host,
+            "an address or a name of this machine, without a port",
+        )
+        for name in ("certificate", "key", "client_ca", "auth", "targets"):
+            given = getattr(self, f"prometheus_{name}")
+            _check(given is None or _is_path(given), f"prometheus_{name}", given, "None or a path")
+            if given is not None:
+                object.__setattr__(self, f"prometheus_{name}", os.fspath(given))
+        if any((self.prometheus_certificate, self.prometheus_key, self.prometheus_client_ca, self.prometheus_auth)):
+            self.prometheus_access()
+        _check(
+            self.prometheus_targets is None or not Path(self.prometheus_targets).is_file(),
+            "prometheus_targets",
+            self.prometheus_targets,
+            "a directory; this is a file",
+        )
+
+    def prometheus_access(self) -> Access:
+        """Who may read the endpoint, from the files that are named.
+
+        Raises:
+            SettingsError: one of them cannot be used.
+        """
+        from lm_telemetry.exporters.access import Access
+
+        return Access.load(
+            certificate=self.prometheus_certificate,
+            key=self.prometheus_key,
+            client_ca=self.prometheus_client_ca,
+            auth=self.prometheus_auth,
+        )
+
     @classmethod
     def resolve(cls, **keywords: Any) -> Self:
         """Settings from keywords over environment over files over defaults (see the module's docstring)."""
@@ -150,6 +217,7 @@ class Settings:
         """The settings as plain data for the `runs` table; a probe is named, not stored."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain["probe"] = None if self.probe is None else sorted(self.probe)
+        plain["forward_to"] = [t if isinstance(t, str) else t.name for t in self.forward_to]
         plain["instruments"] = {name: dict(own) for name, own in self.instruments.items()}
         return plain
 
@@ -180,6 +248,16 @@ def _instruments(given: Any) -> Mapping[str, Mapping[str, Any]]:
     return result
 
 
+def _trackers(given: Any) -> tuple[Any, ...]:
+    """Names and objects of trackers, one or several."""
+    several = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
+    if not several:
+        return ()
+    from lm_telemetry.bridge import check_trackers
+
+    return check_trackers(several)
+
+
 def _check(holds: bool, setting: str, value: Any, expected: str) -> None:
     if not holds:
         raise SettingsError(f"{setting}: expected {expected}; got {value!r}", setting=setting, value=value)
@@ -204,6 +282,10 @@ def _store(given: str) -> str:
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) and bool(str(value))
+
+
+def _is_host(value: Any) -> bool:
+    return isinstance(value, str) and bool(_HOST.fullmatch(value))
 
 
 def _is_run_id(value: Any) -> bool:

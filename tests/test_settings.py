@@ -80,6 +80,18 @@ def test_ports_from_the_environment(monkeypatch, text, value):
         {"run_id": "x" * 129},
         {"prometheus_port": 65536},
         {"prometheus_port": -1},
+        {"prometheus_host": ""},
+        {"prometheus_host": None},
+        {"prometheus_host": "127.0.0.1/24"},
+        {"prometheus_host": "http://127.0.0.1"},
+        {"prometheus_certificate": 7},
+        {"prometheus_certificate": "/no/where"},
+        {"prometheus_key": "/no/where"},
+        {"prometheus_client_ca": "/no/where"},
+        {"prometheus_auth": "/no/where"},
+        {"prometheus_auth": ""},
+        {"prometheus_targets": 7},
+        {"prometheus_targets": __file__},
         {"flush_seconds": 0},
         {"flush_seconds": float("nan")},
         {"max_overhead": 0},
@@ -99,6 +111,21 @@ def test_what_cannot_be_used_is_refused_and_named(bad):
         Settings.resolve(**bad)
     assert caught.value.setting.startswith(next(iter(bad)))
     assert next(iter(bad)) in str(caught.value)
+
+
+def test_the_endpoint_s_files_are_read_when_settings_are_made_and_secrets_are_not_kept(elsewhere, monkeypatch):
+    path = elsewhere / "auth"
+    path.write_text("bearer hunter2hunter2\n")
+    monkeypatch.setenv("LM_TELEMETRY_PROMETHEUS_AUTH", str(path))
+    settings = Settings.resolve(prometheus_host="0.0.0.0", prometheus_targets=elsewhere / "targets")
+    assert settings.prometheus_access().asks_who
+    described = settings.describe()
+    assert (described["prometheus_auth"], described["prometheus_targets"]) == (str(path), str(elsewhere / "targets"))
+    assert "hunter2hunter2" not in f"{settings!r} {described}"
+    path.write_text("hunter2hunter2\n")
+    with pytest.raises(SettingsError, match=r"prometheus_auth: .*line 1: expected") as caught:
+        Settings.resolve()
+    assert "hunter2hunter2" not in f"{caught.value!r} {vars(caught.value)}"
 
 
 def test_an_unknown_variable_is_refused(monkeypatch):

@@ -1,34 +1,36 @@
-"""The page server as a browser, a scraper and an ill-behaved client meet it."""
+"""The page server as scrapers meet it, and what it gives them."""
 
 import http.client
 import os
-import socket
+import ssl
 import threading
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lm_telemetry.errors import SettingsError
-from lm_telemetry.exporters import server as server_module
+from lm_telemetry.exporters.access import Access, Credentials
+from lm_telemetry.exporters.exposition import Exposition
 from lm_telemetry.exporters.server import PageServer
+
+HELLO = Exposition(text=b"hello\n", openmetrics=b"hello\n# EOF\n")
 
 
 @pytest.fixture
 def page():
-    server = PageServer(0, "text/plain; version=0.0.4")
-    server.publish(b"hello\n")
+    server = PageServer(0)
+    server.publish(HELLO)
     yield server
     server.close()
 
 
-def port_of(page):
-    return int(page.address.split(":")[2].split("/")[0])
-
-
-def ask(page, method="GET", path="/metrics"):
-    connection = http.client.HTTPConnection("127.0.0.1", port_of(page), timeout=10)
+def ask(page, path="/metrics", *, method="GET", tls=None, **headers):
+    kind = http.client.HTTPConnection if tls is None else http.client.HTTPSConnection
+    connection = kind("127.0.0.1", page.port, timeout=10, **({} if tls is None else {"context": tls}))
     try:
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read(), answer.headers
     finally:
@@ -38,42 +40,67 @@ def ask(page, method="GET", path="/metrics"):
 def test_the_page(page):
     status, body, headers = ask(page)
     assert (status, body) == (200, b"hello\n")
-    assert headers["Content-Type"] == "text/plain; version=0.0.4"
-    page.publish(b"newer\n")
-    assert ask(page, path="/metrics?debug=1")[:2] == (200, b"newer\n")
+    assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    page.publish(Exposition(text=b"newer\n"))
+    assert ask(page, "/metrics?debug=1")[:2] == (200, b"newer\n")
+    assert ask(page, Accept="application/openmetrics-text")[1] == b"# EOF\n"
+    assert ask(page, method="POST")[0] == 405
+    assert ask(page, "/nowhere")[0] == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/../etc/passwd", "/favicon.ico", "*"])
-def test_other_paths_are_not_found(page, path):
-    assert ask(page, path=path)[0] == 404
+def test_by_default_it_listens_on_this_machine_alone(page):
+    assert page.address == f"http://127.0.0.1:{page.port}/metrics"
+    assert page._listener.getsockname()[0] == "127.0.0.1"
+    assert page.is_loopback
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
-def test_other_methods_are_refused(page, method):
-    status, body, headers = ask(page, method)
-    assert (status, headers["Allow"]) == (405, "GET")
-    assert body == (b"" if method == "HEAD" else b"only GET\n")
+def test_elsewhere_it_is_reached_by_the_machine_s_name():
+    server = PageServer(0, host="0.0.0.0")
+    assert not server.is_loopback
+    assert server.netloc == f"{os.uname().nodename}:{server.port}"
+    server.close()
 
 
-def test_it_listens_on_this_machine_alone(page):
-    assert page.address.startswith("http://127.0.0.1:")
-    assert page._server.socket.getsockname()[0] == "127.0.0.1"
+def test_it_speaks_ipv6_where_there_is_some():
+    try:
+        server = PageServer(0, host="::1")
+    except SettingsError:
+        pytest.skip("this machine has no IPv6")
+    server.publish(HELLO)
+    assert server.address == f"http://[::1]:{server.port}/metrics"
+    assert server.is_loopback
+    connection = http.client.HTTPConnection("::1", server.port, timeout=10)
+    connection.request("GET", "/metrics")
+    assert connection.getresponse().read() == b"hello\n"
+    connection.close()
+    server.close()
 
 
-def test_a_taken_port_is_refused_with_advice(page):
-    with pytest.raises(SettingsError, match="in use; choose another, 0 for any free one") as caught:
-        PageServer(port_of(page), "text/plain")
-    assert (caught.value.setting, caught.value.value) == ("prometheus_port", port_of(page))
+def test_an_address_that_cannot_be_had_is_named(page):
+    with pytest.raises(SettingsError, match="in use; choose another, port 0 for any free one") as caught:
+        PageServer(page.port)
+    assert (caught.value.setting, caught.value.value) == ("prometheus_port", page.port)
+    for host in ("192.0.2.1", "no.such.host.invalid", "x" * 80):
+        with pytest.raises(SettingsError) as caught:
+            PageServer(0, host=host)
+        assert (caught.value.setting, caught.value.value) == ("prometheus_host", host)
+    with pytest.raises(SettingsError) as caught:
+        PageServer(70_000)
+    assert caught.value.setting == "prometheus_port"
 
 
 def test_a_closed_port_is_free_again(page):
     page.close()
     page.close()
-    again = PageServer(port_of(page), "text/plain")
+    again = PageServer(page.port)
     again.close()
+    assert not [t for t in threading.enumerate() if t.name == "lm-telemetry-metrics"]
 
 
-def test_a_forked_child_does_not_keep_the_port(page):
+def test_a_forked_child_does_not_keep_the_port_nor_a_connection(page):
+    kept = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
+    kept.request("GET", "/metrics")
+    kept.getresponse().read()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -84,42 +111,129 @@ def test_a_forked_child_does_not_keep_the_port(page):
     try:
         assert ask(page)[0] == 200
         page.close()
-        again = PageServer(port_of(page), "text/plain")
+        assert kept.sock.recv(1) == b""
+        again = PageServer(page.port)
+        again.publish(HELLO)
         assert ask(again)[0] == 200
         again.close()
     finally:
+        kept.close()
         os.close(write)
         os.close(read)
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("words", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nX: "])
-def test_half_open_clients_are_let_go(page, monkeypatch, words):
-    monkeypatch.setattr(server_module._Handler, "timeout", 0.1)
-    with socket.create_connection(("127.0.0.1", port_of(page)), timeout=10) as client:
-        client.sendall(words)
-        assert client.recv(100) == b""  # closed by the server; the client itself would wait for 10 s and raise
+def test_a_connection_is_kept_for_the_next_scrape(page):
+    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
+    sockets = set()
+    for number in range(5):
+        page.publish(Exposition(text=b"%d\n" % number))
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().read() == b"%d\n" % number
+        sockets.add(connection.sock.getsockname())
+    assert len(sockets) == 1
+    connection.close()
 
 
-def test_connections_are_bounded_and_the_page_comes_back(page):
-    clients = [socket.create_connection(("127.0.0.1", port_of(page)), timeout=10) for _ in range(40)]
+def test_a_hundred_scrapers_at_once_are_all_answered(page):
+    body = b"x" * 300_000
+    page.publish(Exposition(text=body))
+    together = threading.Barrier(100)
+
+    def scrape(_):
+        connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
+        connection.connect()
+        together.wait(30)
+        found = []
+        for _ in range(3):
+            connection.request("GET", "/metrics")
+            found.append(connection.getresponse().read() == body)
+        connection.close()
+        return all(found)
+
+    with ThreadPoolExecutor(100) as pool:
+        assert all(pool.map(scrape, range(100)))
+
+
+def test_a_scrape_takes_no_memory_that_stays(page):
+    page.publish(Exposition(text=b"x" * 200_000))
+    for _ in range(20):
+        ask(page)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(300):
+        ask(page, Connection="close")
+        ask(page, "/nowhere")
     deadline = time.monotonic() + 10
-    while page._server._places._value and time.monotonic() < deadline:
+    while page._connections and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert page._server._places._value == 0
-    threads = [t for t in threading.enumerate() if "process_request_thread" in t.name]
-    assert len(threads) <= server_module.MAX_CONNECTIONS
-    for client in clients:
-        client.close()
-    deadline = time.monotonic() + 10
-    while page._server._places._value < server_module.MAX_CONNECTIONS and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ask(page)[:2] == (200, b"hello\n")
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert not page._connections
+    assert grown < 100_000, "less than one page, after 600 requests"
 
 
-def test_rubbish_is_answered_or_dropped_in_silence(page, capfd):
-    for words in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"A" * 70_000 + b"\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", port_of(page)), timeout=10) as client:
-            client.sendall(words)
-    assert ask(page)[0] == 200
-    assert capfd.readouterr() == ("", "")
+@pytest.fixture
+def guarded(certificates, tmp_path):
+    """A server with TLS that asks for a client's certificate and for a password."""
+    auth = tmp_path / "auth"
+    auth.write_text("bearer sesame\n")
+    access = Access.load(
+        certificate=certificates["server"],
+        key=certificates["server_key"],
+        client_ca=certificates["ca"],
+        auth=str(auth),
+    )
+    server = PageServer(0, access=access)
+    server.publish(Exposition(text=b"x" * 500_000))
+    yield server
+    server.close()
+
+
+def client(certificates, name=None):
+    context = ssl.create_default_context(cafile=certificates["ca"])
+    if name is not None:
+        context.load_cert_chain(certificates[name], certificates[f"{name}_key"])
+    return context
+
+
+def test_tls_with_certificates_of_clients_and_a_token(guarded, certificates):
+    assert guarded.address.startswith("https://")
+    known = client(certificates, "client")
+    status, body, _ = ask(guarded, tls=known, Authorization="Bearer sesame")
+    assert (status, body) == (200, b"x" * 500_000)
+    assert ask(guarded, tls=known)[0] == 401
+    for name in (None, "stranger"):
+        with pytest.raises(OSError):  # TLS 1.3: the alert comes with the first read
+            ask(guarded, tls=client(certificates, name), Authorization="Bearer sesame")
+    with pytest.raises((OSError, http.client.HTTPException)):
+        ask(guarded, Authorization="Bearer sesame")
+
+
+def test_a_connection_is_kept_over_tls_too(guarded, certificates):
+    connection = http.client.HTTPSConnection("127.0.0.1", guarded.port, context=client(certificates, "client"))
+    for _ in range(3):
+        connection.request("GET", "/metrics", headers={"Authorization": "Bearer sesame"})
+        assert len(connection.getresponse().read()) == 500_000
+    connection.close()
+
+
+def test_old_tls_is_refused(certificates):
+    server = PageServer(0, access=Access.load(certificate=certificates["server"], key=certificates["server_key"]))
+    old = client(certificates)
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(OSError):
+        ask(server, tls=old)
+    server.close()
+
+
+def test_a_password_is_asked_for_without_tls_too(tmp_path):
+    auth = tmp_path / "auth"
+    auth.write_text("basic me:secret\n")
+    server = PageServer(0, access=Access(credentials=Credentials.read(str(auth))))
+    server.publish(HELLO)
+    status, _, headers = ask(server)
+    assert (status, headers["WWW-Authenticate"]) == (401, 'Basic realm="lm-telemetry", charset="UTF-8"')
+    assert ask(server, Authorization="Basic bWU6c2VjcmV0")[:2] == (200, b"hello\n")
+    server.close()

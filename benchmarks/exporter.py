@@ -1,0 +1,244 @@
+"""What a scrape takes, and what it costs the training, beside `prometheus_client`'s own server.
+
+Two settings:
+
+- `scrape`: 2,000 series in a process whose main thread is idle, or runs pure Python, so that the server has the
+  interpreter's lock only when it is given up after 5 ms. A client in another process asks as Prometheus does
+  (OpenMetrics, gzip), ours and `prometheus_client.start_http_server` with a collector of the same gauges in turns; a
+  row gives the median of the times to the last byte, with its 20th and 80th percentile, and its ratio to the peer's
+  median. Prometheus keeps its connection where the server allows it, so ours is measured with a kept connection, and
+  with a new one each time.
+- `training`: the loop of `overhead.py` with all per-step instruments and an endpoint, with a scrape each second against
+  none, on one core, the client on another. Blocks of steps take turns; a row gives the median over pairs of the ratio
+  of their wall times, of their processor times, and the share of the time that the server's thread computed, which no
+  other process disturbs. `none against none` tells what the machine itself scatters.
+
+    python benchmarks/exporter.py           # appends rows to benchmarks/results/exporter.csv
+    python benchmarks/exporter.py --quick   # a quick look; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from rows import append
+
+from lm_telemetry.exporters.exposition import expose
+from lm_telemetry.exporters.server import PageServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAMILIES, SERIES = 20, 2000
+LIKE_PROMETHEUS = {
+    "Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "Accept-Encoding": "gzip",
+}
+
+
+class Gauges:
+    """2,000 gauges as a plain collector."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for number in range(FAMILIES):
+            labels = ["run_id", "rank", "stack", "layer", "site"]
+            family = GaugeMetricFamily(f"lm_telemetry_layers_column_{number}", "a column", labels=labels)
+            for layer in range(SERIES // FAMILIES):
+                family.add_metric(["llama-0123456789", "0", "decoder", str(layer), "resid"], layer / 7 + number)
+            yield family
+
+
+def scrape(connection: http.client.HTTPConnection) -> float:
+    """Milliseconds of one scrape."""
+    began = time.perf_counter()
+    connection.request("GET", "/metrics", headers=LIKE_PROMETHEUS)
+    answer = connection.getresponse()
+    body = answer.read()
+    took = time.perf_counter() - began
+    assert answer.status == 200, answer.status
+    assert body
+    return 1e3 * took
+
+
+def client(ports: dict[str, int], scrapes: int) -> None:
+    """Scrape the servers in turns, and print the times; runs in a process of its own."""
+    kept = {name: http.client.HTTPConnection("127.0.0.1", port) for name, port in ports.items() if "kept" in name}
+    times: dict[str, list[float]] = {name: [] for name in ports}
+    for _ in range(scrapes):
+        for name, port in ports.items():
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as fresh:
+                times[name].append(scrape(kept.get(name, fresh)))
+    print(json.dumps({name: found[2:] for name, found in times.items()}))
+
+
+def visitor(port: int) -> None:
+    """Scrape each second until the process is ended; says when it begins."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    scrape(connection)
+    print("ready", flush=True)
+    while True:
+        began = time.monotonic()
+        scrape(connection)
+        time.sleep(max(0.0, 1.0 - (time.monotonic() - began)))
+
+
+def run_python(seconds: float) -> int:
+    """Pure Python, which gives up the interpreter's lock only when it has to."""
+    end, total = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        for number in range(1000):
+            total += number * number % 7
+    return total
+
+
+def scrapes(count: int) -> Iterator[dict[str, Any]]:
+    """Rows of the first setting."""
+    from overhead import spread  # here, since clients are this file too, and need no torch
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Gauges())
+    peer, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+    ours = PageServer(0)
+    ours.publish(expose(Gauges().collect()))
+    ports = {
+        "ours, kept connection": ours.port,
+        "ours, new connection": ours.port,
+        "prometheus_client": peer.server_port,
+    }
+    for setting in ("idle", "pure Python"):
+        with subprocess.Popen(
+            [sys.executable, __file__, "--client", json.dumps(ports), "--scrapes", str(count)], stdout=subprocess.PIPE
+        ) as asking:
+            while asking.poll() is None:
+                run_python(0.2) if setting == "pure Python" else time.sleep(0.1)
+            assert asking.stdout is not None
+            times = json.loads(asking.stdout.read())
+        base = statistics.median(times["prometheus_client"])
+        for name, found in times.items():
+            yield {
+                "setting": "scrape",
+                "main_thread": setting,
+                "variant": name,
+                **spread("milliseconds", found),
+                "ratio_to_peer": round(statistics.median(found) / base, 4),
+                "series": SERIES,
+                "samples": len(found),
+            }
+    peer.shutdown()
+    thread.join()
+    ours.close()
+
+
+def training(pairs: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of the second setting."""
+    import torch
+    from overhead import PER_STEP, Loop, spread
+
+    from lm_telemetry import observe
+
+    torch.set_num_threads(1)
+    loop = Loop()
+    with (
+        tempfile.TemporaryDirectory() as store,
+        observe(
+            loop.model,
+            optimizer=loop.optimizer,
+            store=store,
+            prometheus_port=0,
+            instruments={name: {"every": 1} for name in PER_STEP},
+            strict=True,
+        ) as session,
+    ):
+        port = int(session.address.rpartition(":")[2].partition("/")[0])
+        (server,) = (t for t in threading.enumerate() if t.name == "lm-telemetry-metrics")
+        clock = time.pthread_getcpuclockid(server.ident)
+        with subprocess.Popen(
+            [sys.executable, __file__, "--visitor", str(port)], stdout=subprocess.PIPE, text=True
+        ) as visiting:
+            assert visiting.stdout is not None
+            visiting.stdout.readline()
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores[:1])
+            os.sched_setaffinity(visiting.pid, cores[1:] or cores)
+
+            def block(steps: int, *, scraped: bool) -> tuple[float, float, float]:
+                """Wall and processor seconds of the process, and those of the server's thread."""
+                visiting.send_signal(signal.SIGCONT if scraped else signal.SIGSTOP)
+                began = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
+                for _ in range(steps):
+                    session.step(loss=loop.step())
+                ended = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
+                wall, cpu, served = (after - before for before, after in zip(began, ended, strict=True))
+                return wall, cpu, served
+
+            block(3, scraped=False)
+            steps = max(1, round(seconds / (block(5, scraped=False)[0] / 5)))
+            for name, scraped in (("none against none", False), ("a scrape each second against none", True)):
+                wall, cpu, served = [], [], []
+                for pair in range(pairs):
+                    order = [scraped, False] if pair % 2 == 0 else [False, scraped]
+                    found = [block(steps, scraped=each) for each in order]
+                    ours, plain = found if pair % 2 == 0 else reversed(found)
+                    wall.append(ours[0] / plain[0])
+                    cpu.append(ours[1] / plain[1])
+                    served.append(ours[2] / ours[0])
+                yield {
+                    "setting": "training",
+                    "variant": name,
+                    **spread("wall_ratio", wall),
+                    **spread("cpu_ratio", cpu),
+                    "server_share": round(statistics.median(served), 6),
+                    "pairs": pairs,
+                    "steps_a_block": steps,
+                }
+            visiting.kill()
+
+
+COLUMNS = (
+    "setting", "main_thread", "variant", "milliseconds_median", "milliseconds_p20", "milliseconds_p80", "ratio_to_peer",
+    "series", "samples", "wall_ratio_median", "wall_ratio_p20", "wall_ratio_p80", "cpu_ratio_median", "cpu_ratio_p20",
+    "cpu_ratio_p80", "server_share", "pairs", "steps_a_block",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions; writes no rows")
+    parser.add_argument("--only", choices=["scrape", "training"], help="one of the settings")
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    parser.add_argument("--visitor", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--scrapes", type=int, default=100, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.client:
+        client(json.loads(arguments.client), arguments.scrapes)
+    elif arguments.visitor:
+        visitor(arguments.visitor)
+    else:
+        settings = {
+            "scrape": lambda: scrapes(22 if arguments.quick else 102),
+            "training": lambda: training(*((4, 2.0) if arguments.quick else (30, 4.0))),
+        }
+        for name, rows in settings.items():
+            if arguments.only in {None, name}:
+                for row in rows():
+                    print(row, flush=True)
+                    if not arguments.quick:
+                        append("exporter", {column: row.get(column, "") for column in COLUMNS})
+
+
+if __name__ == "__main__":
+    main()
