@@ -1,7 +1,7 @@
 """What a report consists of: findings and figures, as plain data, before any of it is drawn.
 
-A figure carries its numbers as numpy arrays (NaN is a gap), the words a reader needs, and the SQL that made it. It knows
-nothing of pixels or colours: `page` encodes it, and the scripts in `assets/` draw it.
+A figure carries its numbers as numpy arrays (NaN is a gap), the words a reader needs, and the SQL that made it. It
+knows nothing of pixels or colours: `page` encodes it, and the scripts in `assets/` draw it.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ class Figure:
     """Something to look at, and how to read it."""
 
     id: str
-    """short, unique, fit for an URL fragment: `loss`"""
+    """short, unique, fit for an URL fragment: `loss`; with the run's number where each of several has one of its own:
+    `rms-1` and `rms-2`, which share one range of colours"""
     section: str
     """the heading it stands under: `Training`, `Curvature`, `Attention`, `Representation`, `Telemetry`"""
     title: str
@@ -195,7 +196,8 @@ class RunFacts:
 
     run_id: str
     facts: tuple[tuple[str, str], ...]
-    """(name, value) pairs worth a line: model, parameters, optimizer, learning rate, steps, duration, tokens, hardware, versions"""
+    """(name, value) pairs worth a line: model, parameters, optimizer, learning rate, steps, duration, tokens, hardware,
+    versions"""
     state: str
     """`running`, `finished`, or what else is known, in words"""
 

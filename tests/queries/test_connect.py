@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import shutil
 
 import duckdb
@@ -217,3 +218,23 @@ def test_a_manifest_whose_numbers_are_none_is_named(store, fact, value):
     path.write_text(json.dumps(document))
     with pytest.raises(StoreError, match=path.name):
         connect(store.path)
+
+
+@pytest.mark.parametrize("losses", [[2.0, 1.0, 3.0], [2.0, math.nan, 3.0], [math.nan, math.nan], [math.inf, 1.0]])
+def test_extremes_and_nan_are_what_the_rows_say(store, put, losses):
+    """Not what a file's statistics say, which leave NaN out."""
+    put("steps", 1, loss=losses)
+    con = connect(store.path)
+    nan = any(map(math.isnan, losses))
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    asked = ("max(loss)", "min(loss)", "count(*) FILTER (isnan(loss))", "count(*) FILTER (loss > 100)")
+    largest, smallest, isnan, above = (con.execute(f"SELECT {a} FROM steps").fetchone()[0] for a in asked)
+    assert math.isnan(largest) if nan else largest == max(losses)
+    assert smallest == min(finite) if finite else math.isnan(smallest)
+    assert (isnan, above) == (sum(map(math.isnan, losses)), sum(not loss <= 100 for loss in losses))
+    for condition, expected in (
+        ("isnan(loss)", isnan),
+        ("loss > 100", above),
+        ("loss < 2.5", sum(x < 2.5 for x in losses)),
+    ):
+        assert con.execute(f"SELECT count(*) FROM steps WHERE {condition}").fetchone() == (expected,)
