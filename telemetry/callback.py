@@ -60,7 +60,7 @@ class TelemetryCallback(TrainerCallback, ExportableState):
 
         A `probe` is not kept; Trainers that build callbacks anew from a checkpoint freeze the first batch instead.
         """
-        given = {name: value for name, value in self._given.items() if name != "probe"}
+        given = {name: value for name, value in self._given.items() if name not in {"probe", "forward_to"}}
         return {"args": json.loads(json.dumps(given, default=os.fspath)), "attributes": {"saved_run_id": self.run_id}}
 
     def flush(self) -> bool:

@@ -151,6 +151,5 @@ class _Check:
         return _error("manifest", str(path.relative_to(self._store.path)), f"{why}; {_COPY}")
 
 
-
 def _error(kind: str, file: str, message: str) -> Finding:
     return Finding(severity="error", kind=kind, file=file, message=message)

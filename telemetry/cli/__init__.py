@@ -14,13 +14,48 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli import compact, curvature, demo, describe, diff, du, fit, output, runs, sql, verify, views
+from lm_telemetry.cli import (
+    compact,
+    curvature,
+    demo,
+    describe,
+    diff,
+    du,
+    export,
+    fit,
+    output,
+    report,
+    runs,
+    sql,
+    stack,
+    upload,
+    verify,
+    views,
+    watch,
+)
 from lm_telemetry.errors import QueryError, TelemetryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = (sql, views, describe, runs, diff, fit, du, compact, verify, curvature, demo)
+COMMANDS = (
+    sql,
+    views,
+    describe,
+    runs,
+    watch,
+    report,
+    diff,
+    fit,
+    du,
+    compact,
+    verify,
+    upload,
+    export,
+    stack,
+    curvature,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = build_parser().parse_args(argv)
+    if sys.stdout is None:  # a descriptor that is closed
+        return _complain("standard output is closed", 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a box is no reason to fail where there is only ASCII
     try:
@@ -51,14 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The interpreter flushes standard output once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:  # a full disk behind standard output, a directory that may not be read
+        _discard_output()
+        return _complain(error, 1)
     except UnicodeError as error:
         return _complain(error, 1)
     return code
 
 
-def _complain(error: Exception, code: int) -> int:
+def _discard_output() -> None:
+    """Give what standard output still holds somewhere to go: the interpreter flushes it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(error: Exception | str, code: int) -> int:
     print(f"lmt: {output.printable(str(error))}", file=sys.stderr)
     return code
