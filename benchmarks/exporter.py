@@ -86,13 +86,20 @@ def client(ports: dict[str, int], scrapes: int) -> None:
 
 
 def visitor(port: int) -> None:
-    """Scrape each second until the process is ended; says when it begins."""
+    """Scrape each second until the process is ended; says when it begins.
+
+    While it is stopped the server closes its connection for being idle: then it connects anew.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port)
     scrape(connection)
     print("ready", flush=True)
     while True:
         began = time.monotonic()
-        scrape(connection)
+        try:
+            scrape(connection)
+        except (http.client.HTTPException, ConnectionError):
+            connection.close()
+            continue
         time.sleep(max(0.0, 1.0 - (time.monotonic() - began)))
 
 
@@ -205,6 +212,7 @@ def training(pairs: int, seconds: float) -> Iterator[dict[str, Any]]:
                     "pairs": pairs,
                     "steps_a_block": steps,
                 }
+            assert visiting.poll() is None, "the visitor has ended, so that nothing was scraped"
             visiting.kill()
 
 

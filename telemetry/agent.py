@@ -101,6 +101,7 @@ class Agent:
         optimizer: Any = None,
         before_forward: Callable[[Mapping[str, Any]], None] | None = None,
         continues: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Put the taps on.
 
@@ -110,6 +111,7 @@ class Agent:
             optimizer: what steps it, if known.
             before_forward: told of each call of the model before the agent is.
             continues: name of the run that this one goes on with, where the settings name none.
+            tokenizer: what the model's tokens come from, a tokenizer or a processor of transformers, if known.
 
         Raises:
             ModelError: see `check`.
@@ -147,6 +149,7 @@ class Agent:
             request=self.schedule.request,
             grad_norm=lambda: self._grad_norm,
             world_size=self.session.world_size,
+            tokenizer=tokenizer,
         )
         for instrument in self.instruments.values():
             with self.guard(f"instrument {instrument.name}"):

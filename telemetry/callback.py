@@ -87,7 +87,13 @@ class TelemetryCallback(TrainerCallback, ExportableState):
             # A Trainer that goes on from a checkpoint without us would fail to save the next: it looks us up there.
             if isinstance(state.stateful_callbacks, dict):
                 state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-            self._agent.attach(kwargs["model"], outer=outer, optimizer=kwargs.get("optimizer"), continues=continues)
+            self._agent.attach(
+                kwargs["model"],
+                outer=outer,
+                optimizer=kwargs.get("optimizer"),
+                continues=continues,
+                tokenizer=kwargs.get("processing_class"),
+            )
             if self._tap is not None:
                 self._tap.install()
 

@@ -70,6 +70,7 @@ TABLES: dict[str, str] = {
     "heads": "one row per layer, head and step: statistics of attention rows",
     "key_mass": "one row per layer, head and step: which keys attention goes to, over all queries",
     "edges": "one row per edge of the sampled attention graph on the frozen probe",
+    "probe": "one row per token of those sequences of the frozen probe that `edges` is of, once an attempt",
     "head_effects": "one row per head and ablation: what the loss on the frozen probe is without the head",
     "representations": "one row per layer, site and step: geometry of the representation of the frozen probe",
     "params": "one row per parameter tensor and step: norms of weight, gradient and update",
@@ -372,6 +373,23 @@ CATALOGUE: tuple[Metric, ...] = (
             ("share", "float32", "1", "flow over the sum of flows of all edges into the query, stored or not"),
         ],
         keys=("stack", "layer", "head", "sequence", "query_position", "key_position"),
+    ),
+    *_rows(
+        "probe",
+        Cost.FREE,
+        [
+            ("stack", "string", "", "tower that reads the token, as in `edges`"),
+            ("sequence", "int32", "1", "sequence in the probe"),
+            ("position", "int32", "1", "position in the sequence, of which padding has no row"),
+            ("token_id", "int64", "1", "the token"),
+            (
+                "text",
+                "string",
+                "",
+                "its text, at most 32 characters; NULL if no tokenizer is known, or texts are switched off",
+            ),
+        ],
+        keys=("stack", "sequence", "position"),
     ),
     *_rows(
         "head_effects",

@@ -29,6 +29,10 @@ INSTRUMENTS = {
     "parameters": {"every": 5},
     "critical_sharpness": {"every": 25},
     "sharpness": {"every": 75, "max_hvps": 12},
+    "spectrum": {"every": 150},
+    "representation": {"every": 25},
+    "pathways": {"every": 150},
+    "knock_out": {"every": 300},
 }
 
 QUESTIONS = {
@@ -85,8 +89,8 @@ def small_llama() -> Any:
     )
 
 
-def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
-    """Train, and print three questions with their answers.
+def demo(*, store: str, steps: int = 300, port: int = 0) -> str:
+    """Train, and print three questions with their answers; the name of the run.
 
     Raises:
         SettingsError: too few steps to see anything.
@@ -132,6 +136,7 @@ def demo(*, store: str, steps: int = 300, port: int = 0) -> None:
         )
         trainer.train()
     _show(store, str(telemetry.run_id))
+    return str(telemetry.run_id)
 
 
 def _scraper(telemetry: TelemetryCallback, *, at: int) -> Any:
@@ -172,6 +177,7 @@ Ask more:
   lmt sql "FROM training ORDER BY step DESC LIMIT 5" --store {store}
   lmt sql "SELECT * FROM events" --store {store}
   lmt runs --store {store}
+  lmt watch --store {store}                       a live view, while a run is going
 Add it to a run of yours:
   from lm_telemetry import TelemetryCallback
   trainer = Trainer(..., callbacks=[TelemetryCallback()])""")  # noqa: S608 printed, not run

@@ -42,6 +42,8 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         optimizer: the optimizer, if known here; else `step` is told, and updates are measured from the step after.
         steps_done: steps of the run that were taken before; a loop that goes on from a checkpoint gives their number,
             and the `run_id` it began with.
+        tokenizer: what the model's tokens come from, so that those of the probe can be stored legibly; a tokenizer or
+            a processor of transformers.
         settings: fields of `lm_telemetry.Settings`.
 
     Raises:
@@ -50,7 +52,15 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         ModelError: the model has no parameters.
     """
 
-    def __init__(self, model: nn.Module, *, optimizer: Any = None, steps_done: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Any = None,
+        steps_done: int = 0,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> None:
         if type(steps_done) is not int or steps_done < 0:
             raise SettingsError(
                 f"steps_done: expected a number of steps, at least 0; got {steps_done!r}",
@@ -65,6 +75,7 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         self._optimizer: Any = None
         self._handles: list[RemovableHandle] = []
         self._first_optimizer = optimizer
+        self._tokenizer = tokenizer
         self._step = steps_done
         self._training = False
 
@@ -80,7 +91,9 @@ class observe:  # noqa: N801 a context manager that reads as a verb
 
     def __enter__(self) -> Self:
         with self._agent.guard("attaching"):
-            self._agent.attach(self._model, outer=self._outer, before_forward=self._before_forward)
+            self._agent.attach(
+                self._model, outer=self._outer, before_forward=self._before_forward, tokenizer=self._tokenizer
+            )
             self._watch(self._first_optimizer)
         return self
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 EDGES = 250
 """Edges that are drawn, those of largest share."""
 
-TOKENS = "probe"
-"""A table with the texts of the probe's tokens, where the store has one."""
-
 
 def pathway_figures(source: Source) -> Iterator[Figure | str]:
     """A figure for each run, and a sentence for the runs that have none."""
@@ -39,7 +36,7 @@ def _pathways(source: Source, run: int, run_id: str) -> Iterator[Figure]:
         step, to_position, share, string_split(route, ' > ') AS edges, string_split(positions, ' > ') AS places
     FROM pathways
     WHERE {on_rank_0(run_id)} AND sequence = 0
-        AND stack = (SELECT min(stack) FROM edges WHERE {on_rank_0(run_id)})
+        AND stack = ({_stack(run_id)})
     QUALIFY to_position = max(to_position) OVER ()
 ),
 passed AS (
@@ -85,12 +82,17 @@ def _brought(found: dict[str, Array]) -> str:
     return percent(float(found["share"][found["layer"] == found["layer"].max()].sum()))
 
 
+def _stack(run_id: str) -> str:
+    """The query for the tower that is drawn."""
+    return f"SELECT min(stack) FROM edges WHERE {on_rank_0(run_id)}"
+
+
 def _tokens(source: Source, run_id: str, least: int) -> tuple[str, ...]:
-    """The text of each position, at least `least` of them; the position's number where it is not known."""
-    texts: dict[int, str] = {}
-    if TOKENS in source.connection.snapshot.tables:
-        sql = f"""SELECT position, arg_max(text, step) AS text
-FROM {TOKENS} WHERE {on_rank_0(run_id)} AND sequence = 0 AND text IS NOT NULL GROUP BY position"""
-        texts = {row["position"]: row["text"] for row in source.rows(sql)}
+    """The text of each position, at least `least` of them; its token's id or its own number where it has none."""
+    sql = f"""SELECT position, coalesce(text, 'id ' || token_id) AS text
+FROM probe
+WHERE {on_rank_0(run_id)} AND sequence = 0 AND stack = ({_stack(run_id)})
+QUALIFY attempt = max(attempt) OVER ()"""
+    texts = {row["position"]: row["text"] for row in source.rows(sql)}
     length = max(least, max(texts, default=-1) + 1)
     return tuple(texts.get(position, str(position)) for position in range(length))

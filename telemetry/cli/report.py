@@ -17,6 +17,7 @@ from lm_telemetry.errors import StoreError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from lm_telemetry.queries import Connection
 
@@ -40,18 +41,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file and print its path and size; StoreError if there is no such run, or no such file may be made."""
+    target = Path(arguments.output)
+    require_place(target, force=arguments.force)
+    print(output.one_line(f"{target}: {output.size(write(arguments.store, arguments.runs, target))}"))
+    return 0
+
+
+def write(store: str, runs: Sequence[str], target: Path) -> int:
+    """Put the report of `runs` (none: the latest) of the store at `target`; its size in bytes.
+
+    Raises:
+        StoreError: there is no such run, or no such file may be made.
+    """
     from lm_telemetry.exporters.report.page import page
     from lm_telemetry.exporters.report.reading import read
 
-    target = Path(arguments.output)
-    _refuse(target, force=arguments.force)
-    with asking(arguments.store) as connection:
-        runs = list(dict.fromkeys(arguments.runs)) or [_latest(connection)]
-        report = read(connection, runs, store_name=Path(arguments.store).name or arguments.store)
+    with asking(store) as connection:
+        names = list(dict.fromkeys(runs)) or [_latest(connection)]
+        report = read(connection, names, store_name=Path(store).name or store)
     content = page(report).encode("utf-8", "replace")
     _put(target, content)
-    print(output.one_line(f"{target}: {output.size(len(content))}"))
-    return 0
+    return len(content)
 
 
 def _latest(connection: Connection) -> str:
@@ -63,7 +73,7 @@ def _latest(connection: Connection) -> str:
     return str(found[0]) if found else max(known)
 
 
-def _refuse(target: Path, *, force: bool) -> None:
+def require_place(target: Path, *, force: bool) -> None:
     """StoreError if something stands in the place that is no report; before any work is done."""
     from lm_telemetry.exporters.report.page import is_page
 

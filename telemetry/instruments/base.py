@@ -67,6 +67,7 @@ class Attachment:
         grad_norm: from `measure` on, the norm of the step's whole gradient before clipping, a tensor or a number; None
             where the loop did not tell.
         world_size: number of ranks that train together.
+        tokenizer: the tokenizer or processor that the front door was given; None if there is none.
     """
 
     model: torch.nn.Module
@@ -78,6 +79,7 @@ class Attachment:
     request: Callable[[str], None]
     grad_norm: Callable[[], Any]
     world_size: int
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

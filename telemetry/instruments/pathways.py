@@ -23,6 +23,7 @@ Decisions:
   stay in their position and are part of the residual edge.
 - A position whose flows are not finite gets a residual edge without a share, and an event.
 - Everything is decided on the host, one copy a layer: this is for rare captures.
+- The tokens of the sequences go into `probe` with the first capture: ids, and what they spell (`probe_tokens`).
 
 Left out: cross-attention (encoder and decoder are separate graphs), the sequences of the probe beyond `sequences`, and
 stacks whose batch is not the sequences (image towers). Memory is O(S d) a layer for queries and keys.
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,17 +44,23 @@ from lm_telemetry.hooks.attention_tap import MARK, AttentionTap
 from lm_telemetry.hooks.forward_pass import ForwardPass
 from lm_telemetry.hooks.head_writes import write_norms
 from lm_telemetry.hooks.preserve import evaluating
+from lm_telemetry.hooks.topology import text_config
+from lm_telemetry.instruments.base import Harvest
 from lm_telemetry.instruments.probing import Probing, Row
 from lm_telemetry.kernels.attention_edges import attention_edges_at
 from lm_telemetry.kernels.attention_rows_geometry import four_axes, row_geometry, rows_of
+from lm_telemetry.probe_tokens import speller, token_tables, tokens_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import numpy as np
 
     from lm_telemetry.hooks.attention_call import AttentionCall
     from lm_telemetry.hooks.probe import Probe
     from lm_telemetry.hooks.topology import Topology
-    from lm_telemetry.instruments.base import Attachment
+    from lm_telemetry.instruments.base import Attachment, Columns
+    from lm_telemetry.probe_tokens import Spell
 
 RESIDUAL = -1
 """The head that stands for the residual stream."""
@@ -64,7 +71,7 @@ class Pathways(Probing):
     """The sampled attention graph of the probe."""
 
     name: ClassVar[str] = "pathways"
-    tables: ClassVar[tuple[str, ...]] = ("edges",)
+    tables: ClassVar[tuple[str, ...]] = ("edges", "probe")
     cost: ClassVar[Cost] = Cost.FORWARD
     usual_every: ClassVar[int | None] = 500
 
@@ -80,6 +87,13 @@ class Pathways(Probing):
     sequences: int = 1
     """Sequences of the probe that are looked at."""
 
+    text: bool = True
+    """Whether the text of the probe's tokens is stored. Unless a probe was given, that is training data: where a store
+    must not hold any in the clear, set this to False. The ids are stored all the same, which the tokenizer can read."""
+
+    _spell: Spell | None = field(default=None, init=False, repr=False, compare=False)
+    _tokens: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _first: bool = field(default=True, init=False, repr=False, compare=False)
     _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,10 +102,14 @@ class Pathways(Probing):
             value = getattr(self, name)
             self.require(name, type(value) is int and value >= 1, "at least 1")
         self.require("beam", type(self.beam) is int and self.beam >= self.targets, f"at least {self.targets} targets")
+        self.require("text", isinstance(self.text, bool), "True or False")
 
     def attach(self, attachment: Attachment) -> None:
-        """Keep the way to the model and the probe."""
+        """Keep the way to the model, the probe and what spells its tokens."""
         super().attach(attachment)
+        vocab_size = getattr(text_config(attachment.model), "vocab_size", None)
+        self._spell = speller(attachment.tokenizer, vocab_size) if self.text else None
+        self._first = True
         self._told = set()
 
     def after_update(self) -> None:
@@ -105,11 +123,15 @@ class Pathways(Probing):
         forward = ForwardPass(probe.batch, is_encoder_decoder=topology.is_encoder_decoder)
         seen = _observe(attachment.model, topology, probe, forward)
         self._tell_of_missing(attachment, seen)
+        self._tokens = {}
         rows: list[Row] = []
         for stack in topology.stacks:
             layers = [layer for _, layer in sorted(seen.layers.items(), reverse=True) if layer.stack == stack]
             if layers and len(layers[0].call.query) == n:
                 query = layers[0].call.query
+                tokens = tokens_of(forward, stack, n, query.shape[2]) if self._first else None
+                if tokens is not None:
+                    self._tokens[stack] = tokens
                 sample = forward.queries(stack, n, query.shape[2], self.targets, query.device)
                 index = sample.index.expand(n, -1)
                 keep = torch.ones_like(index, dtype=torch.bool) if sample.keep is None else sample.keep.expand(n, -1)
@@ -124,6 +146,25 @@ class Pathways(Probing):
                 "end there",
             )
         return rows
+
+    def harvest(self) -> Harvest | None:
+        """Hand over the rows, the first time with the tokens."""
+        captured = super().harvest()
+        tokens, self._tokens = self._tokens, {}
+        if captured is None:
+            return None
+        self._first = False
+        return Harvest(tensors=tokens, note=(captured.note, self._spell))
+
+    def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
+        """The edges as columns, and the tokens if they are there."""
+        edges, spell = note
+        return {**super().rows(host, edges), **token_tables(host, spell)}
+
+    def detach(self) -> None:
+        """Let go of the model and the tokenizer."""
+        super().detach()
+        self._spell = None
 
     def _walk(self, layers: Sequence[_Layer], sequence: int, targets: Sequence[int]) -> Iterator[Row]:
         """Rows of one sequence, from its targets at the first of `layers`, which is the model's last, down."""

@@ -11,6 +11,7 @@ from stored import rows
 
 from lm_telemetry.cli import main
 from lm_telemetry.demo import StandardLibrary
+from lm_telemetry.exporters.report.page import is_page
 
 
 @pytest.mark.slow
@@ -27,6 +28,18 @@ def test_the_demo_trains_answers_and_says_where_to_go_on(tmp_path):
     assert "lmt sql" in done.stdout
     assert "12/12" in done.stderr  # the progress bar
     assert len(rows(tmp_path / "store", "steps")) == 12
+    report = tmp_path / "report.html"
+    assert done.stdout.rstrip().endswith(str(report))
+    assert is_page(report.read_text())
+
+
+def test_a_file_that_is_no_report_is_left_alone_and_nothing_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["demo", "--store", str(tmp_path / "store")]) == 1
+    assert "is no report" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert not (tmp_path / "store").exists()
 
 
 def test_too_few_steps_are_refused(tmp_path, capsys):

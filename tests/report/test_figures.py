@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from planted import plant
 from planted_runs import HEADS, LAYERS, curvature, heads, healthy, launch, layers, losses, steps
@@ -22,7 +20,7 @@ from lm_telemetry.exporters.report.figures_training import training_figures
 from lm_telemetry.exporters.report.model import Bars, Figure, HeadMap, Heatmap, Lines, Pathways
 from lm_telemetry.exporters.report.reading import CELLS, read
 from lm_telemetry.queries import connect
-from lm_telemetry.store import PartInfo, Store
+from lm_telemetry.store import Store
 
 NAN = float("nan")
 
@@ -271,20 +269,19 @@ def test_pathways_sum_what_each_edge_brought_to_the_target(store):
     )
 
 
-def test_pathways_are_drawn_over_the_tokens_where_a_table_has_them(store):
+def test_pathways_are_drawn_over_the_tokens_of_their_tower_and_of_the_last_launch(store):
     rich(store)
-    words = ["The", " cat", " sat", " down"]
-    columns = {"step": [1] * 4, "sequence": [0] * 4, "position": range(4), "token_id": range(4), "text": words}
-    file = store.partition("probe", "r", 0) / "part-0-900.parquet"
-    file.parent.mkdir(parents=True)
-    pq.write_table(pa.table({name: list(column) for name, column in columns.items()}), file)
-    name = str(file.relative_to(store.path))
-    manifest = store.read_manifest("r", 0, 0)
-    manifest.parts.append(
-        PartInfo(table="probe", file=name, rows=4, bytes=file.stat().st_size, first_step=1, last_step=1)
-    )
-    store.write_manifest(manifest)
-    assert figures(store, of=pathway_figures)["pathways"].body.tokens == tuple(words)
+    words = ["The", " cat", None, " down"]
+    plant(store, "probe", [token(position, " old", 1) for position in range(9)])
+    last = [token(i, word, 70 + i) for i, word in enumerate(words)]
+    others = [token(0, " other", 2, sequence=1), token(0, " source", 3, stack="encoder")]
+    plant(store, "probe", [*last, *others], attempt=1)
+    assert figures(store, of=pathway_figures)["pathways"].body.tokens == ("The", " cat", "id 72", " down")
+
+
+def token(position, text, token_id, *, stack="decoder", sequence=0):
+    row = {"step": 1, "stack": stack, "sequence": sequence}
+    return row | {"position": position, "token_id": token_id, "text": text}
 
 
 def test_cost_is_by_instrument_with_the_budget(store):

@@ -62,6 +62,7 @@ SUBJECTS = {
     "key_mass": (10, _HEADS),
     "head_effects": (50, [h | {"ablation": a} for h, a in product(_HEADS, ("zero", "mean"))]),
     "edges": (50, _EDGES),
+    "probe": (50, [{"stack": "decoder", "sequence": 0, "position": p} for p in range(4)]),
     "params": (10, _TENSORS),
     "curvature": (2, _CURVATURE),
     "spectra": (50, [{"operator": "hessian", "scope": "all", "estimator": "slq"}]),
