@@ -81,9 +81,11 @@ def _at_edge(run_id: str, row: dict[str, Any], figure: str, sql: str) -> Finding
 
 
 def _below(run_id: str, row: dict[str, Any], figure: str, sql: str) -> Finding:
+    """What never stayed at the edge; the last capture alone may be there, which is no sign of health."""
+    is_near = row["last_ratio"] is not None and row["last_ratio"] > 0.9
     return Finding(
-        level="ok",
-        title=f"Below the edge of stability ({_name(row)})",
+        level="note" if is_near else "ok",
+        title=f"{'Near' if is_near else 'Below'} the edge of stability ({_name(row)})",
         text=f"In {row['captures']:,} captures the estimate did not stay above 0.9 of its threshold; at step"
         f" {row['last_step']:,} it is at {number(row['last_ratio'])} of it.",
         run_id=run_id,

@@ -190,6 +190,14 @@ def test_the_edge_of_stability_is_dated_and_no_fault(store):
     assert found.verdict.startswith("Healthy")
 
 
+def test_a_last_capture_above_the_threshold_is_not_called_below_it(store):
+    steps(store, losses(1000))
+    curvature(store, range(20, 1001, 20), lambda step: 1.3 if step == 1000 else 0.3)
+    found = levels(report(store).findings)
+    near = [title for title in found if "the edge of stability" in title]
+    assert [(title.partition(" ")[0], found[title]) for title in near] == [("Near", "note")]
+
+
 def test_updates_are_judged_by_the_last_capture(store):
     rows = [
         {"step": s, "stack": "decoder", "layer": layer, "name": f"m.{layer}.w", "norm": 10.0}
