@@ -29,7 +29,6 @@ INSTRUMENTS = {
     "parameters": {"every": 5},
     "critical_sharpness": {"every": 25},
     "sharpness": {"every": 75, "max_hvps": 12},
-    "spectrum": {"every": 150},
     "representation": {"every": 25},
     "pathways": {"every": 150},
     "knock_out": {"every": 300},

@@ -14,6 +14,7 @@ function pathwaysPlot(host, controls, body) {
   const frame = { host, tip };
   let lines = [];
   let here = edges.length;
+  let isShown = false;
   controls.append(
     entry("--series-0", "value", "read by a head"),
     entry("--muted", "value", "kept by the position"),
@@ -70,6 +71,9 @@ function pathwaysPlot(host, controls, body) {
       area.append(text, shape("circle", { cx: x(position), cy: y(0), r: 2.5, class: "node" }));
     });
     area.append(shape("circle", { cx: x(body.target), cy: y(body.layers), r: 5, class: "node target" }));
+    // Routes gather at the target, which in a long sentence lies outside the frame at first.
+    if (!isShown) scroll.scrollLeft = x(body.target) - 0.8 * scroll.clientWidth;
+    isShown = true;
   }
 
   function told(edge) {
