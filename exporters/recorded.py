@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lm_telemetry.exporters.captures import RANK, Files, Moment, last_captures
 from lm_telemetry.exporters.naming import exported_columns
-from lm_telemetry.exporters.render import Latest, _clean
+from lm_telemetry.exporters.render import Latest, clean_label
 from lm_telemetry.exporters.sums import COUNT, COUNTED, UNIT, Key, Sums, sums_of
 from lm_telemetry.queries.snapshot import Cut
 
@@ -51,7 +51,7 @@ class RecordedLatest(Latest):
         """The metric families. Exemplars are those of the rows that were observed."""
         totals: dict[tuple[str, str], Counter[str]] = {}
         for (table, column, label), amount in self._sums.items():
-            totals.setdefault((table, column), Counter())["other" if label is None else _clean(label)] += amount
+            totals.setdefault((table, column), Counter())["other" if label is None else clean_label(label)] += amount
         for column in self._seconds:
             self._seconds[column] = totals.get(("steps", column), Counter()).total() / UNIT
         events = totals.get(("events", COUNT), Counter())

@@ -84,8 +84,8 @@ class Latest:
     """
 
     def __init__(self, *, run_id: str, rank: int, info: Mapping[str, str]) -> None:
-        self._run = (_clean(run_id), str(rank))
-        self._info = {_label_name(name): _clean(value) for name, value in info.items()}
+        self._run = (clean_label(run_id), str(rank))
+        self._info = {_label_name(name): clean_label(value) for name, value in info.items()}
         for name in ("run_id", "rank"):
             self._info.pop(name, None)
         self._series: dict[tuple[str, str], _Series] = {
@@ -182,7 +182,7 @@ class Latest:
 
     def _observe_run(self, rows: pa.Table) -> None:
         row = rows.slice(rows.num_rows - 1).to_pylist()[0]
-        self._info |= {name: _clean(row[name]) for name in _RUN_INFO if row[name] is not None}
+        self._info |= {name: clean_label(row[name]) for name in _RUN_INFO if row[name] is not None}
         self._max_overhead = row["max_overhead"]
 
     def _observe_events(self, rows: pa.Table) -> None:
@@ -214,7 +214,7 @@ class Latest:
     def _set(self, table: str, column: str, labels: tuple[Any, ...], value: float) -> None:
         """Give a series its latest value, or add to it where its table is summed."""
         series = self._series[table, column]
-        key = tuple("other" if label is None else _clean(label) for label in labels)
+        key = tuple("other" if label is None else clean_label(label) for label in labels)
         if key not in series:
             if self._kept >= KEPT_SERIES:
                 return
@@ -249,7 +249,7 @@ def _unit_of(name: str) -> str:
     return next((unit for unit in ("seconds", "bytes") if name.endswith(f"_{unit}")), "")
 
 
-def _clean(value: Any) -> str:
+def clean_label(value: Any) -> str:
     """Any value as a label: UTF-8, not too long. The exposition escapes quotes and newlines."""
     return str(value)[:LABEL_LIMIT].encode("utf-8", "replace").decode("utf-8")
 

@@ -29,7 +29,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from lm_telemetry.exporters.exposition import Exposition, expose
 from lm_telemetry.exporters.naming import PREFIX
 from lm_telemetry.exporters.recorded import RecordedRun
-from lm_telemetry.exporters.render import _clean, merged
+from lm_telemetry.exporters.render import clean_label, merged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -191,11 +191,11 @@ class StoredRuns:
         labels: set[str] = set()
         room, left_out_ranks = MAX_RANKS, 0
         for run_id in wanted:
-            if _clean(run_id) in labels:
+            if clean_label(run_id) in labels:
                 self._troubles.add(f"run {run_id} is left out: its label would be that of another run")
                 left_out_runs += 1
                 continue
-            labels.add(_clean(run_id))
+            labels.add(clean_label(run_id))
             ranks = self._holdings.ranks[run_id]
             runs[run_id] = files = self._holdings.files[run_id]
             if len(ranks) > room:
@@ -209,7 +209,7 @@ class StoredRuns:
         """Families about the runs as such, and about the polls."""
         live = GaugeMetricFamily(f"{PREFIX}_run_live", "whether a process is writing the run", labels=["run_id"])
         for run_id in self.served:
-            live.add_metric([_clean(run_id)], float(self._live[run_id]))
+            live.add_metric([clean_label(run_id)], float(self._live[run_id]))
         yield live
         failures = CounterMetricFamily(
             f"{PREFIX}_export_failures", "polls that could not read the store, or one of its runs", labels=["what"]

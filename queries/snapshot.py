@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 MANIFESTS = "_manifests"
 COMPACTION = "compaction"
 PRUNED = "pruned.json"
+MERGED = "_merged"
+"""Where merged files are until what they replace is deleted (`telemetry.visibility`)."""
 
 SETTLED = 2.0
 """Seconds after which a directory's modification time tells of every change before it."""
@@ -298,7 +300,7 @@ def _sequence(file: str, table: str, run_id: str, rank: int, attempt: int) -> in
 def _merged(table: str, run_id: str, rank: int, entry: dict[str, Any]) -> Part:
     """A file that a compaction lists (errors as of `_part`)."""
     part = _part(table, run_id, rank, None, entry)
-    directory = part.file.rpartition("/")[0].removeprefix("_merged/")
+    directory = part.file.rpartition("/")[0].removeprefix(f"{MERGED}/")
     if directory != f"{table}/run_id={run_id}/rank={rank}":
         raise ValueError(f"{part.file} is not a file of rank {rank}")
     return part

@@ -110,7 +110,7 @@ class Bridge:
 
     def __init__(self, trackers: Sequence[Any], *, run_id: str, base: str, tell: Callable[..., None]) -> None:
         self._tell = tell
-        self._names: dict[str, str] = {}
+        self._names: set[str] = set()
         self._is_told = False
         self._steps: dict[int, dict[str, float]] = {}
         self._lanes = [_Lane(tracker, run_id=run_id, base=base, tell=tell) for tracker in trackers]
@@ -122,13 +122,12 @@ class Bridge:
         step = rows["step"][0].as_py()
         values = self._steps.setdefault(step, {})
         for name, value in scalars(table, rows):
-            known = self._names.get(name)
-            if known is None:
+            if name not in self._names:
                 if len(self._names) >= MAX_NAMES:
                     self._left_out(step)
                     continue
-                known = self._names[name] = name
-            values[known] = value
+                self._names.add(name)
+            values[name] = value
 
     def flushed(self, stats: WriterStats) -> None:
         """Hand over what has come since the last flush."""

@@ -12,10 +12,11 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from lm_telemetry.store import Store
 
@@ -46,6 +47,20 @@ def hold(directory: Path) -> int | None:
 def is_live(store: Store, run_id: str) -> bool:
     """Whether any process writes into the run."""
     return any(attempt_is_live(store, run_id, attempt) for attempt in store.attempts(run_id))
+
+
+def life_of(store: str) -> Callable[[str, float], bool]:
+    """A function that tells whether a run of the store is being written, from its name and when it last was (Unix).
+
+    Of a store at an URL, where no lock can be seen, the time decides; of a local one it is not looked at.
+    """
+    from lm_telemetry.remote import is_url
+    from lm_telemetry.store import Store
+
+    if is_url(store):
+        return lambda _, written: time.time() - written < QUIET_SECONDS
+    local = Store(Path(store).absolute())
+    return lambda run_id, _: is_live(local, run_id)
 
 
 def attempt_is_live(store: Store, run_id: str, attempt: int) -> bool:

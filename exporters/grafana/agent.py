@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lm_telemetry.exporters.grafana import verdicts
 from lm_telemetry.exporters.grafana.board import Section, board
 from lm_telemetry.exporters.grafana.panels import BLUE, GREEN, ORANGE, RED, lines, rows, states, verdict
 from lm_telemetry.exporters.grafana.promql import (
     EVENTS,
-    LOST,
     RATE,
     RUNS,
     SMOOTH,
     Query,
-    budget_used,
     once,
     per_run,
     share,
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from grafana_foundation_sdk.models.dashboard import Dashboard
 
 _RUN = "{{run_id}} r{{rank}}"
-_JOBS = '{job=~"lm-telemetry.*"}'
 _COST = f"sum by (run_id, instrument) ({once(f'rate(lm_telemetry_overhead_seconds_total{RUNS}{RATE})', 'instrument')})"
 _TIME = f"sum by (run_id) ({once(f'rate(lm_telemetry_run_seconds_total{RUNS}{RATE})')})"
 _CAPTURES = f"sum by (run_id, instrument) ({once(f'lm_telemetry_overhead_captures_total{RUNS}', 'instrument')})"
@@ -57,17 +55,7 @@ def dashboard() -> Dashboard:
 
 def _verdicts() -> list[Any]:
     return [
-        verdict(
-            "Budget used",
-            "Telemetry's share of the training time over the share that the run allows it. Above 100 % cadences should"
-            " be stretched.",
-            f"max({budget_used(SMOOTH)})",
-            steps=((None, GREEN), (0.8, ORANGE), (1, RED)),
-            bounds=(0, 2),
-            unit="percentunit",
-            decimals=0,
-            nan="no steps",
-        ),
+        verdicts.budget(),
         verdict(
             "Share of training time",
             "What the agent takes of the training thread, in the last quarter of an hour.",
@@ -76,14 +64,7 @@ def _verdicts() -> list[Any]:
             decimals=2,
             nan="no steps",
         ),
-        verdict(
-            "Lost",
-            "Captures and rows that were dropped or failed, and flushes that did not reach the disk.",
-            f"sum({LOST})",
-            steps=((None, GREEN), (1, ORANGE)),
-            bounds=(0, 10),
-            words={0: "nothing"},
-        ),
+        verdicts.lost(),
         verdict(
             "Waiting",
             "Captures that wait for the writer's thread. A number that grows means the disk, or the CPU, is behind.",
@@ -100,14 +81,7 @@ def _verdicts() -> list[Any]:
             bounds=(0, 1e6),
             words={0: "none"},
         ),
-        verdict(
-            "Unreachable",
-            "Endpoints that are listed as targets and do not answer.",
-            f"sum(up{_JOBS} == bool 0)",
-            steps=((None, GREEN), (1, RED)),
-            bounds=(0, 10),
-            words={0: "all answer"},
-        ),
+        verdicts.unreachable(),
     ]
 
 
@@ -234,7 +208,7 @@ def _endpoints() -> list[Any]:
         states(
             "Endpoints",
             "Which endpoints answer. One that ends with its run is gone; one that was killed stays, in red.",
-            Query(expr=f"up{_JOBS}", legend="{{job}} {{instance}}"),
+            Query(expr=f"up{verdicts.JOBS}", legend="{{job}} {{instance}}"),
             words={0: "unreachable", 1: "answers"},
             steps=((None, RED), (1, GREEN)),
             bounds=(0, 1),
@@ -242,7 +216,7 @@ def _endpoints() -> list[Any]:
         lines(
             "Time of a scrape",
             "A scrape copies a finished page: it should take milliseconds.",
-            Query(expr=f"scrape_duration_seconds{_JOBS}", legend="{{job}} {{instance}}"),
+            Query(expr=f"scrape_duration_seconds{verdicts.JOBS}", legend="{{job}} {{instance}}"),
             unit="s",
             bounds=(0, None),
             span=12,
@@ -250,7 +224,7 @@ def _endpoints() -> list[Any]:
         lines(
             "Series of an endpoint",
             "Samples in a scrape. It grows as tables are first captured, and then stays.",
-            Query(expr=f"scrape_samples_scraped{_JOBS}", legend="{{job}} {{instance}}"),
+            Query(expr=f"scrape_samples_scraped{verdicts.JOBS}", legend="{{job}} {{instance}}"),
             unit="none",
             bounds=(0, None),
             span=12,

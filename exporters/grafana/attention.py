@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_telemetry.exporters.grafana import limits
+from lm_telemetry.exporters.grafana import limits, verdicts
 from lm_telemetry.exporters.grafana.board import Section, board
 from lm_telemetry.exporters.grafana.panels import GREEN, ORANGE, RED, layer_map, lines, verdict
 from lm_telemetry.exporters.grafana.promql import Query, meaning, per_layer, per_run, unit_of, where
@@ -40,15 +40,7 @@ def _heads(column: str, stat: str) -> str:
 
 def _verdicts() -> list[Any]:
     return [
-        verdict(
-            "Lowest entropy",
-            f"Normalized entropy of the head that looks at fewest keys. Below {limits.ENTROPY_COLLAPSE} it looks at one"
-            " key; heads that look one token back do so by design.",
-            f"min({_heads('normalized_entropy', 'min')})",
-            steps=((None, RED), (limits.ENTROPY_COLLAPSE, ORANGE), (2 * limits.ENTROPY_COLLAPSE, GREEN)),
-            bounds=_SHARE,
-            unit="percentunit",
-        ),
+        verdicts.entropy(),
         verdict(
             "Lowest layer",
             "Normalized entropy of the layer whose heads look at fewest keys in the mean: a collapse, if low.",
@@ -57,15 +49,7 @@ def _verdicts() -> list[Any]:
             bounds=_SHARE,
             unit="percentunit",
         ),
-        verdict(
-            "Largest logit",
-            f"The largest attention logit of any head; beyond {limits.LOGIT_BOUND} training is at risk.",
-            f"max({_heads('max_logit', 'max')})",
-            steps=((None, GREEN), (limits.LOGIT_BOUND / 2, ORANGE), (limits.LOGIT_BOUND, RED)),
-            bounds=(0, 100),
-            unit="suffix:nats",
-            decimals=1,
-        ),
+        verdicts.logits(),
         verdict(
             "Strongest sink",
             "The largest share of attention that a head gives to the first key. Sinks are common, and harmless in"

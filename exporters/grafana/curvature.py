@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_telemetry.exporters.grafana import limits
+from lm_telemetry.exporters.grafana import limits, verdicts
 from lm_telemetry.exporters.grafana.board import Section, board
 from lm_telemetry.exporters.grafana.panels import GREEN, ORANGE, RED, bars, lines, states, verdict
-from lm_telemetry.exporters.grafana.promql import EDGE, Query, lately, meaning, where
+from lm_telemetry.exporters.grafana.promql import Query, lately, meaning, where
 
 if TYPE_CHECKING:
     from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -40,16 +40,7 @@ def dashboard() -> Dashboard:
 
 def _verdicts() -> list[Any]:
     return [
-        verdict(
-            "Sharpness over threshold",
-            "The largest estimate as a share of its own threshold. About 100 % is the edge of stability: usual in"
-            " full-batch training, a warning with small batches.",
-            f"max({EDGE})",
-            steps=((None, GREEN), (limits.EDGE_ONSET, ORANGE), (1.2, RED)),
-            bounds=(0, 2),
-            unit="percentunit",
-            decimals=0,
-        ),
+        verdicts.edge(),
         verdict(
             "Estimates",
             "Whether every last estimate met its stopping rule. One that did not is a lower bound of the sharpness.",

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_telemetry.exporters.grafana import limits
+from lm_telemetry.exporters.grafana import limits, verdicts
 from lm_telemetry.exporters.grafana.board import Section, board
 from lm_telemetry.exporters.grafana.panels import GREEN, ORANGE, RED, lines, rows, verdict
 from lm_telemetry.exporters.grafana.promql import (
-    EDGE,
     EVENTS,
     LOSS,
-    LOST,
-    NONFINITE,
     RUNS,
     SMOOTH,
-    UPDATE_RATIO,
     Query,
     budget_used,
     lately,
@@ -69,15 +65,7 @@ def dashboard() -> Dashboard:
 
 def _verdicts() -> list[Any]:
     return [
-        verdict(
-            "Unreachable",
-            "Endpoints that are listed as targets and do not answer. A run that ends takes its target away; one that is"
-            " killed, or out of reach, stands here.",
-            'sum(up{job=~"lm-telemetry.*"} == bool 0)',
-            steps=((None, GREEN), (1, RED)),
-            bounds=(0, 10),
-            words={0: "all answer"},
-        ),
+        verdicts.unreachable(),
         verdict(
             "Loss",
             f"Spiking: above the mean of the last 30 minutes by more than {limits.SPIKE_SIGMAS} standard deviations."
@@ -87,62 +75,12 @@ def _verdicts() -> list[Any]:
             bounds=(0, 2),
             words={0: "finite", 1: "spiking", 2: "NaN"},
         ),
-        verdict(
-            "Non-finite activations",
-            "NaN and infinite entries in the last captures of all layers. With any, look which layer has them first.",
-            NONFINITE,
-            steps=((None, GREEN), (1, RED)),
-            bounds=(0, 10),
-            words={0: "none"},
-        ),
-        verdict(
-            "Edge of stability",
-            "The largest curvature as a share of the value at which the optimizer's linearised dynamics become"
-            " unstable. Full-batch training settles at about 100 %; far above, expect spikes.",
-            f"max({EDGE})",
-            steps=((None, GREEN), (limits.EDGE_ONSET, ORANGE), (1.2, RED)),
-            bounds=(0, 2),
-            unit="percentunit",
-            decimals=0,
-        ),
-        verdict(
-            "Update ratio",
-            f"The largest update of a layer over its weights. About 1e-3 is usual, above {limits.UPDATE_FAST} is fast:"
-            " fine in the first steps, not later.",
-            f"max({UPDATE_RATIO})",
-            steps=((None, GREEN), (limits.UPDATE_FAST, ORANGE), (10 * limits.UPDATE_FAST, RED)),
-            bounds=(0, 1),
-            unit="sci",
-            decimals=1,
-        ),
-        verdict(
-            "Lost captures",
-            "Captures and rows that were dropped or failed, and flushes that did not reach the disk, since each"
-            " process started. What is lost is counted here and told in `events`.",
-            f"sum({LOST})",
-            steps=((None, GREEN), (1, ORANGE)),
-            bounds=(0, 10),
-            words={0: "none"},
-        ),
-        verdict(
-            "Attention entropy",
-            "Entropy of the head that looks at fewest keys, over its largest possible value. Below"
-            f" {limits.ENTROPY_COLLAPSE} it looks at one key: some heads do by design, a whole layer does not.",
-            f"min(lm_telemetry_heads_normalized_entropy{where(stat='min')})",
-            steps=((None, RED), (limits.ENTROPY_COLLAPSE, ORANGE), (2 * limits.ENTROPY_COLLAPSE, GREEN)),
-            bounds=(0, 1),
-            unit="percentunit",
-        ),
-        verdict(
-            "Largest logit",
-            f"The largest attention logit of any head. Growth beyond {limits.LOGIT_BOUND} comes before divergence;"
-            " normalised queries and keys, or a lower learning rate, hold it.",
-            f"max(lm_telemetry_heads_max_logit{where(stat='max')})",
-            steps=((None, GREEN), (limits.LOGIT_BOUND / 2, ORANGE), (limits.LOGIT_BOUND, RED)),
-            bounds=(0, 100),
-            decimals=1,
-            unit="suffix:nats",
-        ),
+        verdicts.nonfinite(),
+        verdicts.edge(),
+        verdicts.update_ratio(),
+        verdicts.lost(),
+        verdicts.entropy(),
+        verdicts.logits(),
         verdict(
             "Dead layers",
             f"Places in the model whose activations have an RMS below {limits.DEAD_RMS:g}, or more than"
@@ -162,16 +100,7 @@ def _verdicts() -> list[Any]:
             unit="percentunit",
             decimals=0,
         ),
-        verdict(
-            "Telemetry budget used",
-            "Telemetry's share of the training time, over the share that the run allows it (`max_overhead`).",
-            f"max({budget_used(SMOOTH)})",
-            steps=((None, GREEN), (0.8, ORANGE), (1, RED)),
-            bounds=(0, 2),
-            unit="percentunit",
-            decimals=0,
-            nan="no steps",
-        ),
+        verdicts.budget(),
         verdict(
             "Since the last step",
             "Time since the newest step of any chosen run. A run that is over, or waits, grows old here.",

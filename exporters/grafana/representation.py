@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_telemetry.exporters.grafana import limits
+from lm_telemetry.exporters.grafana import limits, verdicts
 from lm_telemetry.exporters.grafana.board import Section, board
 from lm_telemetry.exporters.grafana.panels import GREEN, ORANGE, RED, layer_map, lines, verdict
 from lm_telemetry.exporters.grafana.promql import (
-    NONFINITE,
     RUNS,
     UPDATE_RATIO,
     Query,
@@ -47,14 +46,7 @@ def dashboard() -> Dashboard:
 
 def _verdicts() -> list[Any]:
     return [
-        verdict(
-            "Non-finite activations",
-            "NaN and infinite entries in the last captures.",
-            NONFINITE,
-            steps=((None, GREEN), (1, RED)),
-            bounds=(0, 10),
-            words={0: "none"},
-        ),
+        verdicts.nonfinite(),
         verdict(
             "Smallest RMS",
             f"The quietest place of the model; below {limits.DEAD_RMS:g} it is dead.",
@@ -90,15 +82,7 @@ def _verdicts() -> list[Any]:
             bounds=(-1, 1),
             decimals=2,
         ),
-        verdict(
-            "Largest update ratio",
-            f"The largest update of a layer over its weights; above {limits.UPDATE_FAST} it is fast.",
-            f"max({UPDATE_RATIO})",
-            steps=((None, GREEN), (limits.UPDATE_FAST, ORANGE), (10 * limits.UPDATE_FAST, RED)),
-            bounds=(0, 1),
-            unit="sci",
-            decimals=1,
-        ),
+        verdicts.update_ratio(),
     ]
 
 

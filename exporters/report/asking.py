@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_telemetry.queries.connect import rows_of
 from lm_telemetry.queries.tables import text
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class Source:
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """The answer row by row, as DuckDB has it: NULL is None, NaN is NaN."""
-        asked = self.connection.execute(sql)
-        names = [name for name, *_ in asked.description]
-        return [dict(zip(names, row, strict=True)) for row in asked.fetchall()]
+        return rows_of(self.connection.execute(sql))
 
     def figure_id(self, stem: str, run_id: str) -> str:
         """`id` of a figure of one run: `rms`, or `rms-2` for the second of several.
@@ -58,10 +57,6 @@ class Source:
         Figures whose ids agree but for that number show the same of several runs, in one range of colours.
         """
         return f"{stem}-{self.run_ids.index(run_id) + 1}" if self.is_comparison else stem
-
-    def entitled(self, title: str, run_id: str) -> str:
-        """The title of a figure of one run, with the run's name if there are several."""
-        return f"{title}: {run_id}" if self.is_comparison else title
 
     def absent(self, captured: Collection[str], what: str, how: str) -> Iterator[str]:
         """A sentence for the runs of which nothing was captured, if there are any.

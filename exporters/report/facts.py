@@ -32,7 +32,6 @@ def facts(source: Source, run_id: str, now: datetime) -> RunFacts:
     overview = next(iter(source.rows(f"FROM overview WHERE {of(run_id)}")), {})
     launches = source.rows(f"FROM raw.runs WHERE {of(run_id)} ORDER BY attempt DESC, rank, time DESC LIMIT 1")
     launch = next(iter(launches), {})
-    # A bare max() is answered from statistics, which say no more than that there may be a NaN.
     peak = f"SELECT max(learning_rate) FILTER (isfinite(learning_rate)) AS peak FROM steps WHERE {of(run_id)}"
     rates = source.rows(peak)
     pairs = (*_model(launch), *_optimizer(launch, rates[0]["peak"]), *_extent(overview), *_machine(launch))

@@ -118,7 +118,7 @@ ORDER BY stack, layer, head"""
     yield Figure(
         id=source.figure_id("heads", run_id),
         section="Attention",
-        title=source.entitled("Attention heads", run_id),
+        title="Attention heads",
         caption=f"Each cell is a head, each row a layer, the first at the bottom, at step {step:,}. Choose what the"
         " colour shows.",
         body=HeadMap(layers=_names(order), statistics=tuple(statistics), run=run, step=step),

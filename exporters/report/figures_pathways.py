@@ -65,7 +65,7 @@ LIMIT {EDGES}"""
     yield Figure(
         id=source.figure_id("pathways", run_id),
         section="Attention",
-        title=source.entitled("Pathways of the probe sentence", run_id),
+        title="Pathways of the probe sentence",
         caption=f"The 100 strongest routes by which position {target} at the top came from the input, at step"
         f" {step:,}; together they bring {_brought(found)} of what arrives there. A line is what a head moved from one"
         " position to another in a layer, or what stayed in place, and its width the share of the target that came"

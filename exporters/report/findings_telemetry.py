@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lm_telemetry.exporters.report.asking import of
-from lm_telemetry.exporters.report.model import Finding
+from lm_telemetry.exporters.report.model import Finding, Level
 from lm_telemetry.exporters.report.words import count, listed, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lm_telemetry.exporters.report.asking import Source
+
+_LEVELS: tuple[tuple[str, Level], ...] = (("error", "warning"), ("warning", "note"))
+"""Of an event's severity."""
 
 
 def telemetry_findings(source: Source, run_id: str) -> Iterator[Finding]:
@@ -50,12 +53,12 @@ def _cost(source: Source, run_id: str) -> Iterator[Finding]:
 def _events(source: Source, run_id: str) -> Iterator[Finding]:
     sql = f"FROM events_summary WHERE {of(run_id)} AND severity <> 'info'"
     rows = source.rows(sql)
-    for severity, level in (("error", "warning"), ("warning", "note")):
+    for severity, level in _LEVELS:
         told = [row for row in rows if row["severity"] == severity]
         if told:
             kinds = [f"`{row['kind']}` ({row['events']:,})" for row in told]
             yield Finding(
-                level="warning" if level == "warning" else "note",
+                level=level,
                 title=f"The agent told of {count(sum(row['events'] for row in told), severity)}",
                 text=f"{listed(kinds)}. The last: {told[0]['message']}",
                 run_id=run_id,

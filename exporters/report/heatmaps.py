@@ -58,7 +58,7 @@ def heatmaps(source: Source, measure: Measure) -> Iterator[Figure | str]:
         yield Figure(
             id=source.figure_id(measure.stem, run_id),
             section=measure.section,
-            title=source.entitled(measure.title, run_id),
+            title=measure.title,
             caption=measure.caption + (shared if is_full else ""),
             body=Heatmap(
                 x=Axis(label="step"),

@@ -162,7 +162,7 @@ def _finding(finding: Finding, report: Report) -> str:
         top.append(f'<span class="run">{text(text_of_name(finding.run_id, 40))}</span>')
     if finding.figure in figures:
         figure = figures[finding.figure]
-        top.append(f'<a href="#{fragment(figure.id)}">{text(_title(figure, report), 60)}</a>')
+        top.append(f'<a href="#{fragment(figure.id)}">{text(figure.title, 60)}</a>')
     return (
         f'<li class="finding {finding.level}"><div class="top">{"".join(top)}</div><h3>{text(finding.title, 300)}</h3>'
         f'<p>{prose(finding.text)}</p><div class="more">{_query(finding.sql)}</div></li>'
@@ -226,18 +226,12 @@ def _figure(figure: Figure, number: int, report: Report, *, wide: bool) -> str:
     label = text(f"{figure.title}. {contents(figure)}", 600)
     return (
         f'<figure class="figure {kind}{" wide" if wide else ""}" id="{fragment(figure.id)}" data-figure="{number}">'
-        f"<figcaption><h3>{text(_title(figure, report), 300)}</h3>{_run_of(figure, report)}"
+        f"<figcaption><h3>{text(figure.title, 300)}</h3>{_run_of(figure, report)}"
         f"<p>{prose(figure.caption)}</p></figcaption>"
         f'<div class="controls"></div><div class="plot {kind}-plot" {role} aria-label="{label}"></div>'
         '<div class="more"><details class="data"><summary>Data</summary><div></div></details>'
         f"{_query(figure.sql)}</div></figure>"
     )
-
-
-def _title(figure: Figure, report: Report) -> str:
-    """The title of a figure without the name of its run, which stands beside it."""
-    run = getattr(figure.body, "run", None)
-    return figure.title if run is None else figure.title.removesuffix(f": {report.runs[run].run_id}")
 
 
 def _run_of(figure: Figure, report: Report) -> str:

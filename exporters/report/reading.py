@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from lm_telemetry.errors import QueryError, StoreError
+from lm_telemetry.errors import QueryError
 from lm_telemetry.exporters.report.asking import Source, of
 from lm_telemetry.exporters.report.facts import facts
 from lm_telemetry.exporters.report.figures_attention import attention_figures
@@ -31,6 +30,7 @@ from lm_telemetry.exporters.report.findings import findings, rank_of
 from lm_telemetry.exporters.report.findings_loss import read_course
 from lm_telemetry.exporters.report.model import Figure, Report
 from lm_telemetry.exporters.report.verdict import verdict
+from lm_telemetry.meant import require_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,12 +91,7 @@ def read(connection: Connection, run_ids: Sequence[str], *, store_name: str) -> 
 def _require(connection: Connection, names: tuple[str, ...]) -> None:
     if not 1 <= len(names) <= MOST_RUNS:
         raise QueryError(f"a report is of 1 to {MOST_RUNS} runs; got {len(names)}: name those to be compared")
-    known = connection.snapshot.run_ids
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=3)
-            hint = f"near it: {', '.join(near)}" if near else "`lmt runs` lists them"
-            raise StoreError(f"there is no run {name}; {hint}", path=connection.snapshot.base)
+    require_runs(connection, names)
 
 
 def _columns_shown(connection: Connection, names: tuple[str, ...]) -> int:

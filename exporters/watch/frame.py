@@ -6,8 +6,8 @@
     layers    a character a layer: RMS, entropy and update ratio, from the first layer on the left
     events    the newest
 
-From a small terminal the curves go first, then events, then layers. Names and messages of others pass `inert`: control
-characters are spelled out, and nothing is read as markup.
+From a small terminal the curves go first, then events, then layers. Names and messages of others pass `one_line`, which
+spells control characters out, and nothing is read as markup.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.text import Text
 from lm_telemetry.exporters.report.words import count, duration, large, number
 from lm_telemetry.exporters.watch.health import Level, Line, health
 from lm_telemetry.exporters.watch.plot import curve, strip
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,11 +47,6 @@ GUTTER = 8
 """Characters for the labels of an axis."""
 
 
-def inert(text: str) -> str:
-    """`text` of others in one line that does nothing to a terminal: control characters are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class Frame:
     """Draws readings.
 
@@ -73,7 +69,7 @@ class Frame:
             store: name of the store.
         """
         lines = self._head(reading, now, max_steps, store)
-        lines += [Text(f"{inert(problem)}", style="bold yellow") for problem in reading.problems[:2]]
+        lines += [Text(f"{one_line(problem)}", style="bold yellow") for problem in reading.problems[:2]]
         if reading.run_id is None:
             return self._fitted([*lines, Text("waiting for a run to begin", style="dim")])
         lines += [self._health(line) for line in health(reading)]
@@ -103,13 +99,13 @@ class Frame:
         pace, run = reading.first("pace"), reading.first("run")
         step, speed = pace.get("last_step"), pace.get("pace")
         state = ("LIVE", "bold green") if reading.is_live else ("over", "bold")
-        left = Text.assemble((inert(reading.run_id or "no run yet"), "bold"), "  ")
+        left = Text.assemble((one_line(reading.run_id or "no run yet"), "bold"), "  ")
         if reading.run_id is not None:
             left.append(*state)
         right = Text() if step is None else Text(f"step {step:,}" + (f" of {max_steps:,}" if max_steps else ""))
-        facts = [inert(str(run["model_class"]))] if run.get("model_class") else []
+        facts = [one_line(str(run["model_class"]))] if run.get("model_class") else []
         facts += [f"{large(run['n_parameters'])} parameters"] if run.get("n_parameters") else []
-        facts += [inert(str(run["optimizer"]))] if run.get("optimizer") else []
+        facts += [one_line(str(run["optimizer"]))] if run.get("optimizer") else []
         times = []
         if speed:
             times.append(f"{number(speed)} steps/s")
@@ -118,7 +114,7 @@ class Frame:
         if reading.last_row is not None:
             ago = max(0.0, (now - reading.last_row.replace(tzinfo=UTC)).total_seconds())
             times.append(f"last row {duration(ago)} ago")
-        below = Text(", ".join(facts) or inert(store), style="dim")
+        below = Text(", ".join(facts) or one_line(store), style="dim")
         return [self._beside(left, right), self._beside(below, Text(", ".join(times)))]
 
     def _beside(self, left: Text, right: Text) -> Text:
@@ -132,7 +128,7 @@ class Frame:
     def _health(self, line: Line) -> Text:
         style = _STYLES[line.level]
         text = Text.assemble((f"{_WORDS[line.level]:<6}", style), (f"{line.name:<11}", "bold"))
-        return text.append(inert(line.text), style="dim" if line.level == "none" else "")
+        return text.append(one_line(line.text), style="dim" if line.level == "none" else "")
 
     def _title(self, name: str, note: str = "", width: int | None = None) -> Text:
         bar = "-" if self._ascii else "─"
@@ -149,7 +145,7 @@ class Frame:
         right = (self._width - 2) * 2 // 5
         left = self._width - 2 - right
         loss = self._curve(reading.loss, ("loss", "nats"), (left, height), "bright_blue")
-        name = "critical sharpness" if reading.edge_name.endswith("critical") else inert(reading.edge_name)
+        name = "critical sharpness" if reading.edge_name.endswith("critical") else one_line(reading.edge_name)
         edge = self._curve(reading.edge, (name, "/ threshold"), (right, height), "magenta", least=1e-3)
         return [Text.assemble(a, "  ", b) for a, b in zip(loss, edge, strict=True)]
 
@@ -193,10 +189,10 @@ class Frame:
         return found if len(found) > 1 else []
 
     def _event(self, row: dict[str, Any]) -> Text:
-        severity = inert(str(row["severity"]))
+        severity = one_line(str(row["severity"]))
         text = Text.assemble((f"{severity:<8}", _SEVERITIES.get(severity, "")), (f"step {row['step']:,}  ", "dim"))
-        text.append(inert(str(row["kind"])), style="bold")
-        return text.append(f"  {inert(str(row['message']))}")
+        text.append(one_line(str(row["kind"])), style="bold")
+        return text.append(f"  {one_line(str(row['message']))}")
 
 
 def _layers(reading: Reading) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lm_telemetry.errors import QueryError, StoreError
 from lm_telemetry.exporters.watch.questions import LARGEST, PACE, TABLES, questions
 from lm_telemetry.exporters.watch.recent import RECENT, Recent
+from lm_telemetry.queries.connect import rows_of
 from lm_telemetry.queries.tables import quoted, text
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Watcher:
     def _cached(self, name: str, tables: tuple[str, ...], sql: str) -> Rows:
         files = self._recent.files(*tables)
         if self._files.get(name) != files:
-            self._answers[name] = self._recent.rows(sql)
+            self._answers[name] = rows_of(self._recent.execute(sql))
             self._files[name] = files
         return self._answers[name]
 
@@ -192,9 +193,7 @@ class Watcher:
                 return
         width = (last - first) // BUCKETS + 1
         asked = self._connection.execute(_FOLDED.format(source=source, first=first, width=width))
-        names = [name for name, *_ in asked.description]
-        rows = [dict(zip(names, row, strict=True)) for row in asked.fetchall()]
-        course.buckets = tuple(Bucket(**row) for row in rows)
+        course.buckets = tuple(Bucket(**row) for row in rows_of(asked))
         course.steps = (first, last)
 
     def _with_tail(self, course: _Course, question: str) -> tuple[Bucket, ...]:
@@ -210,18 +209,6 @@ def _series(row: dict[str, Any]) -> tuple[Any, Any]:
 def _bucket(step: int, value: float) -> Bucket:
     known = value if abs(value) < float("inf") else None
     return Bucket(step=step, last=step, low=known, high=known, nonfinite=int(known is None))
-
-
-def newest_run(connection: Connection) -> str | None:
-    """The run that began last, by the time of its description, or of its first step if it has none; None for none."""
-    sql = "SELECT run_id, max(time) FROM raw.runs GROUP BY run_id"
-    began: dict[str, datetime] = dict(connection.execute(sql).fetchall())
-    others = sorted(set(connection.snapshot.run_ids) - began.keys())
-    if others:
-        names = ", ".join(map(text, others))
-        sql = f"SELECT run_id, min(time) FROM raw.steps WHERE run_id IN ({names}) GROUP BY run_id"  # noqa: S608 quoted
-        began |= dict(connection.execute(sql).fetchall())
-    return max(began, key=lambda run_id: (began[run_id], run_id), default=None)
 
 
 _FOLDED = """SELECT

@@ -12,7 +12,7 @@ Compacted files are all kept: they are few, and row groups that are too old are 
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from lm_telemetry.queries import Connection, list_views
 from lm_telemetry.queries.tables import quoted, text
@@ -59,12 +59,6 @@ class Recent(Connection):
     def files(self, *tables: str) -> tuple[str, ...]:
         """The files that these tables are read from; an answer holds for as long as they are the same."""
         return tuple(part.file for table in tables for part in self._snapshot.tables[table])
-
-    def rows(self, sql: str) -> list[dict[str, Any]]:
-        """The answer row by row: NULL is None, NaN is NaN."""
-        asked = self.execute(sql)
-        names = [name for name, *_ in asked.description]
-        return [dict(zip(names, row, strict=True)) for row in asked.fetchall()]
 
 
 def judged(view: str, windows: dict[str, str]) -> str:

@@ -23,7 +23,6 @@ from lm_telemetry.cli import (
     du,
     export,
     fit,
-    output,
     report,
     runs,
     sql,
@@ -34,6 +33,7 @@ from lm_telemetry.cli import (
     watch,
 )
 from lm_telemetry.errors import QueryError, TelemetryError
+from lm_telemetry.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,5 +107,5 @@ def _discard_output() -> None:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"lmt: {output.printable(str(error))}", file=sys.stderr)
+    print(f"lmt: {printable(str(error))}", file=sys.stderr)
     return code

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import missing, relations
+from lm_telemetry.cli.hints import relations
 from lm_telemetry.errors import QueryError
+from lm_telemetry.meant import missing
+from lm_telemetry.terminal import one_line, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -72,7 +74,7 @@ def write(connection: Connection, name: str, arguments: argparse.Namespace) -> N
         raise QueryError(missing("table or view", name, relations(), "`lmt views` and SHOW TABLES list them"))
     rows = list(_rows(connection, f"{schema or 'main'}.{bare}", bare))
     if arguments.format == "table":
-        output.write_text(f"{output.printable(f'{bare}: {_purpose(bare)}')}\n\n{_listing(rows)}\n", arguments)
+        output.write_text(f"{printable(f'{bare}: {_purpose(bare)}')}\n\n{_listing(rows)}\n", arguments)
     else:
         output.write(output.table_of(connection, _COLUMNS, rows), arguments)
 
@@ -129,7 +131,7 @@ def _purpose(name: str) -> str:
 def _listing(rows: list[tuple[Any, ...]]) -> str:
     """Rows of `_COLUMNS` in columns of text, of which the last is as wide as the terminal lets it be."""
     cells = [("column", "type", "unit", "filled")]
-    cells += [(output.one_line(name), type_, unit, _share(filled, n)) for name, type_, unit, filled, n, *_ in rows]
+    cells += [(one_line(name), type_, unit, _share(filled, n)) for name, type_, unit, filled, n, *_ in rows]
     meanings = ["meaning", *(f"{meaning} ({source})" if source else meaning for *_, meaning, source in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     begin = sum(widths) + 2 * len(widths)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import require_runs
+from lm_telemetry.meant import require_runs
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     import argparse
@@ -201,9 +202,9 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 
 def _rows(connection: Connection, query: str, params: Any) -> list[dict[str, Any]]:
-    answer = connection.execute(query, params)
-    names = [column for column, *_ in answer.description]
-    return [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
+    from lm_telemetry.queries.connect import rows_of
+
+    return rows_of(connection.execute(query, params))
 
 
 def _print(
@@ -213,7 +214,7 @@ def _print(
     steps: list[dict[str, Any]],
     finals: list[dict[str, Any]],
 ) -> None:
-    print(output.one_line(f"a is {arguments.a}, b is {arguments.b}"))
+    print(one_line(f"a is {arguments.a}, b is {arguments.b}"))
     texts = [(name, _text(name, one), _text(name, other)) for name, one, other in settings]
     _box(connection, arguments, "setting a b", texts, "no setting differs")
     shown = (

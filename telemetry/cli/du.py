@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import require_runs
+from lm_telemetry.meant import require_runs
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     import argparse
@@ -120,7 +121,7 @@ def _write(connection: Connection, arguments: argparse.Namespace) -> None:
     output.write(output.table_of(connection, columns, rows, _SHORT), arguments)
     if not arguments.output:
         for line in _summary(connection, usages):
-            print(output.one_line(line))
+            print(one_line(line))
 
 
 def usage(connection: Connection, run_ids: list[str]) -> Iterator[Usage]:

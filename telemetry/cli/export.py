@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.errors import SettingsError
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lm_telemetry.exporters.access import Access
     from lm_telemetry.exporters.server import PageServer
     from lm_telemetry.exporters.stored import StoredRuns
@@ -124,29 +123,15 @@ def _serve(runs: StoredRuns, server: PageServer, every: float) -> None:
 def _open(arguments: argparse.Namespace) -> StoredRuns:
     from lm_telemetry.exporters.holdings import Holdings
     from lm_telemetry.exporters.stored import Choice, StoredRuns
+    from lm_telemetry.liveness import life_of
     from lm_telemetry.remote import is_url
 
     return StoredRuns(
         Holdings(arguments.store, is_remote=is_url(arguments.store)),
         Choice(runs=tuple(arguments.runs), since_seconds=arguments.since, max_runs=arguments.max_runs),
-        is_live=_liveness(arguments.store),
+        is_live=life_of(arguments.store),
         tell=_tell,
     )
-
-
-def _liveness(store: str) -> Callable[[str, float], bool]:
-    """Whether a run is being written, from its name and the time at which it last was."""
-    import time
-    from pathlib import Path
-
-    from lm_telemetry.liveness import QUIET_SECONDS, is_live
-    from lm_telemetry.remote import is_url
-    from lm_telemetry.store import Store
-
-    if is_url(store):
-        return lambda _, last_written: time.time() - last_written < QUIET_SECONDS
-    local = Store(Path(store).absolute())
-    return lambda run_id, _: is_live(local, run_id)
 
 
 def _listen(arguments: argparse.Namespace) -> PageServer:
@@ -179,7 +164,7 @@ def _in_options(message: str) -> str:
 
 
 def _tell(line: str) -> None:
-    print(f"lmt: {output.one_line(line)}", file=sys.stderr, flush=True)
+    print(f"lmt: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _duration(text: str) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import require_runs
+from lm_telemetry.meant import require_runs
 
 if TYPE_CHECKING:
     import argparse

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli.output import one_line
-from lm_telemetry.errors import QueryError, StoreError
+from lm_telemetry.errors import QueryError
+from lm_telemetry.meant import NAMES_SHOWN, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     import duckdb
 
     from lm_telemetry.queries import Connection
-
-NAMES_SHOWN = 3
-"""Near names of a thing, and tables that have a column."""
 
 _LINE = re.compile(r"LINE (?P<number>\d+): (?P<text>.*)\n(?P<caret> *\^)")
 _NO_TABLE = re.compile(r"Table with name (\S+) does not exist|Referenced table \"([^\"]+)\" not found")
@@ -38,26 +34,6 @@ def relations() -> dict[str, tuple[str, ...]]:
 
     tables = {table: (*PARTITIONS, *(m.name for m in columns(table))) for table in TABLES}
     return tables | {view.name: tuple(c.name for c in view.columns) for view in list_views()}
-
-
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Those of `known` that look most like `name`, the likest first; none if none does."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    return [by_lower[found] for found in get_close_matches(name.lower(), by_lower, NAMES_SHOWN)]
-
-
-def missing(what: str, name: str, known: Iterable[str], remedy: str) -> str:
-    """A sentence that there is no such thing, with the names that are near."""
-    near = nearest(name, known)
-    return one_line(f"there is no {what} {name}; " + (f"near it: {', '.join(near)}" if near else remedy))
-
-
-def require_runs(connection: Connection, names: Iterable[str]) -> None:
-    """StoreError, with what is near, if the store has no run of one of these names."""
-    known = connection.snapshot.run_ids
-    for name in names:
-        if name not in known:
-            raise StoreError(missing("run", name, known, "`lmt runs` lists them"), path=connection.snapshot.base)
 
 
 @contextmanager

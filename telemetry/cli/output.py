@@ -28,6 +28,7 @@ from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from lm_telemetry.errors import QueryError, StoreError
+from lm_telemetry.terminal import one_line, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -67,18 +68,6 @@ def add_store(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(STORE_VARIABLE) or DEFAULT_STORE,
         help=f"directory of the store (default: ${STORE_VARIABLE}, or {DEFAULT_STORE})",
     )
-
-
-def one_line(text: str) -> str:
-    """`text` for a terminal: control characters of a name, which may be escape sequences, as they are spelled."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def printable(text: str) -> str:
-    """`text` of several lines, each as `one_line` has it; a tab is one space, so that columns stay in line."""
-    return "\n".join(map(one_line, text.replace("\t", " ").split("\n")))
 
 
 def table_of(

@@ -6,22 +6,19 @@ another; anything else that stands in the place is left alone unless `--force` s
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
 from lm_telemetry.errors import StoreError
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
     from lm_telemetry.queries import Connection
-
-_LATEST = "SELECT run_id FROM overview ORDER BY last_row DESC NULLS LAST, run_id LIMIT 1"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Write a report of a run as one HTML file that needs no network: the verdict first, then figures,"
         " each with the SQL that made it. Several runs are laid over each other.",
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs (default: the latest)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs (default: the one that began last)")
     parser.add_argument("-o", "--output", metavar="FILE", default="report.html", help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="replace FILE even if it is no report")
     output.add_store(parser)
@@ -43,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file and print its path and size; StoreError if there is no such run, or no such file may be made."""
     target = Path(arguments.output)
     require_place(target, force=arguments.force)
-    print(output.one_line(f"{target}: {output.size(write(arguments.store, arguments.runs, target))}"))
+    print(one_line(f"{target}: {output.size(write(arguments.store, arguments.runs, target))}"))
     return 0
 
 
 def write(store: str, runs: Sequence[str], target: Path) -> int:
-    """Put the report of `runs` (none: the latest) of the store at `target`; its size in bytes.
+    """Put the report of `runs` (none: the one that began last) of the store at `target`; its size in bytes.
 
     Raises:
         StoreError: there is no such run, or no such file may be made.
@@ -57,20 +54,20 @@ def write(store: str, runs: Sequence[str], target: Path) -> int:
     from lm_telemetry.exporters.report.reading import read
 
     with asking(store) as connection:
-        names = list(dict.fromkeys(runs)) or [_latest(connection)]
+        names = list(dict.fromkeys(runs)) or [_newest(connection)]
         report = read(connection, names, store_name=Path(store).name or store)
     content = page(report).encode("utf-8", "replace")
     _put(target, content)
     return len(content)
 
 
-def _latest(connection: Connection) -> str:
-    """The run that was captured last; where no row tells, that of the last name."""
-    known = connection.snapshot.run_ids
-    if not known:
+def _newest(connection: Connection) -> str:
+    from lm_telemetry.meant import newest_run
+
+    name = newest_run(connection)
+    if name is None:
         raise StoreError("the store has no run to report on", path=connection.snapshot.base)
-    found = connection.execute(_LATEST).fetchone()
-    return str(found[0]) if found else max(known)
+    return name
 
 
 def require_place(target: Path, *, force: bool) -> None:
@@ -94,20 +91,12 @@ def require_place(target: Path, *, force: bool) -> None:
 
 def _put(target: Path, content: bytes) -> None:
     """Write a file so that its place holds the old or the new at every moment; through a link, what it points to."""
-    target = target.resolve()
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+    from lm_telemetry.store import put_file
+
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _unwritable(target, error) from error
-        raise
+        put_file(target.resolve(), lambda file: file.write(content))
+    except OSError as error:
+        raise _unwritable(target, error) from error
 
 
 def _unwritable(target: Path, error: OSError) -> StoreError:

@@ -7,7 +7,6 @@ however it ended.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
@@ -71,13 +70,10 @@ def _found(connection: Connection, store: str) -> list[tuple[str, str, int, int,
 
 def _live(connection: Connection, store: str) -> set[str]:
     """Names of runs that are being written."""
-    from lm_telemetry.liveness import QUIET_SECONDS, is_live
+    from lm_telemetry.liveness import life_of
     from lm_telemetry.remote import is_url
 
-    if is_url(store):
-        recent = "SELECT run_id FROM overview WHERE last_row > now() AT TIME ZONE 'UTC' - to_seconds(?)"
-        return {run_id for (run_id,) in connection.execute(recent, [QUIET_SECONDS]).fetchall()}
-    from lm_telemetry.store import Store
-
-    local = Store(Path(store).absolute())
-    return {run_id for run_id in connection.snapshot.run_ids if is_live(local, run_id)}
+    is_live = life_of(store)
+    last = "SELECT run_id, epoch(last_row) FROM overview"
+    written = dict(connection.execute(last).fetchall()) if is_url(store) else {}
+    return {run_id for run_id in connection.snapshot.run_ids if is_live(run_id, written.get(run_id) or 0.0)}

@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli import describe, output
+from lm_telemetry.cli import describe
 from lm_telemetry.cli.asking import guarded
 from lm_telemetry.cli.complete import COMMANDS, Completer
 from lm_telemetry.cli.sql import answer
 from lm_telemetry.errors import QueryError, TelemetryError
+from lm_telemetry.terminal import one_line, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -47,7 +48,7 @@ class Shell:
     def loop(self) -> None:
         """Until the user leaves."""
         with _line_editing(lambda: "\n".join(self._lines)):
-            print(f"{output.one_line(str(self._arguments.store))}: end a query with ; or type .help")
+            print(f"{one_line(str(self._arguments.store))}: end a query with ; or type .help")
             while True:
                 try:
                     line = input(_MORE if self._lines else _PROMPT)
@@ -60,7 +61,7 @@ class Shell:
                     self._lines.clear()
                     print()
                 except (TelemetryError, UnicodeError) as error:
-                    print(f"lmt: {output.printable(str(error))}", file=sys.stderr)
+                    print(f"lmt: {printable(str(error))}", file=sys.stderr)
 
     def _take(self, line: str) -> bool:
         """Take a line; False if it says to leave."""
@@ -100,7 +101,7 @@ class Shell:
                 describe.write(self._connection, rest[0].rstrip(";"), self._arguments)
         else:
             if word != ".help":
-                print(f"lmt: there is no {output.one_line(' '.join([word, *rest]))}; there are:", file=sys.stderr)
+                print(f"lmt: there is no {one_line(' '.join([word, *rest]))}; there are:", file=sys.stderr)
             _list(COMMANDS)
 
 

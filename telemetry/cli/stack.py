@@ -10,6 +10,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
+from lm_telemetry.terminal import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_telemetry.exporters.grafana.stack import write_stack
 
     stack = write_stack(arguments.directory, store=arguments.store, targets=arguments.targets, force=arguments.force)
-    print(output.printable("\n".join(_next(stack, arguments.store))))
+    print(printable("\n".join(_next(stack, arguments.store))))
     return 0
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli.output import one_line, size
+from lm_telemetry.cli.output import size
 from lm_telemetry.errors import StoreError
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     import argparse

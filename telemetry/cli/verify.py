@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_telemetry.cli.output import add_store, one_line
+from lm_telemetry.cli.output import add_store
 from lm_telemetry.errors import StoreError
+from lm_telemetry.terminal import one_line
 
 if TYPE_CHECKING:
     import argparse

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_telemetry.cli import output
 from lm_telemetry.cli.asking import asking
-from lm_telemetry.cli.hints import require_runs
+from lm_telemetry.meant import require_runs
 
 if TYPE_CHECKING:
     import argparse
@@ -59,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _looking(connection: Connection, arguments: argparse.Namespace) -> Callable[[], Reading]:
     """A function that looks at the run; at the first that comes, while there is none."""
-    from lm_telemetry.exporters.watch.reading import Reading, Watcher, newest_run
+    from lm_telemetry.exporters.watch.reading import Reading, Watcher
+    from lm_telemetry.meant import newest_run
 
     watcher: Watcher | None = None
 
@@ -77,22 +76,13 @@ def _looking(connection: Connection, arguments: argparse.Namespace) -> Callable[
 
 
 def _life(store: str, run_id: str) -> Callable[[datetime | None], bool]:
-    """Whether the run is being written: its lock tells; of a store at an URL, whether rows have come of late."""
-    from lm_telemetry.liveness import QUIET_SECONDS, is_live
-    from lm_telemetry.remote import is_url
-
-    if is_url(store):
-        return lambda last: last is not None and time.time() - _timestamp(last) < QUIET_SECONDS
-    from lm_telemetry.store import Store
-
-    local = Store(Path(store).absolute())
-    return lambda _: is_live(local, run_id)
-
-
-def _timestamp(moment: datetime) -> float:
+    """Whether the run is being written, from the time of its last row, UTC."""
     from datetime import UTC
 
-    return moment.replace(tzinfo=UTC).timestamp()
+    from lm_telemetry.liveness import life_of
+
+    is_live = life_of(store)
+    return lambda last: is_live(run_id, 0.0 if last is None else last.replace(tzinfo=UTC).timestamp())
 
 
 def _seconds(text: str) -> float:

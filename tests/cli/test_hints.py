@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_telemetry.cli.hints import missing, nearest, relations
+from lm_telemetry.cli.hints import relations
+from lm_telemetry.meant import missing, nearest
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,6 @@ def test_a_healthy_run_reads_so(watched):
     assert words["Loss"] == "finite"
     assert words["Unreachable"] == "all answer"
     assert words["Non-finite activations"] == words["Lost captures"] == words["Dead layers"] == "none"
-    assert 0 < words["Attention entropy"] <= 1
+    assert 0 < words["Lowest attention entropy"] <= 1
     assert 0 <= words["Since the last step"] < 10
     assert 0 < words["Telemetry budget used"] < 1

@@ -307,7 +307,7 @@ def test_several_runs_lie_over_each_other_or_side_by_side(store):
     ]
     assert found["loss"].body.bands == ()
     assert (found["rms-1"].body.run, found["rms-2"].body.run) == (0, 1)
-    assert found["rms-2"].title == "RMS of the residual stream: r"
+    assert found["rms-2"].title == "RMS of the residual stream"
     assert "pathways-1" not in found
     assert found["cost"].body.values.shape[0] == 2
     with connect(store.path) as connection:

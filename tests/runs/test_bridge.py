@@ -291,6 +291,7 @@ def test_the_environment_names_trackers(monkeypatch, tmp_path):
     assert Settings.resolve().forward_to == ("tensorboard",)
 
 
+@pytest.mark.trackers
 def test_mlflow_gets_the_same(store, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -305,6 +306,7 @@ def test_mlflow_gets_the_same(store, tmp_path, monkeypatch):
     assert_same(got, expected(store))
 
 
+@pytest.mark.trackers
 def test_trackio_gets_the_same(store, tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
@@ -326,6 +328,7 @@ def wandb(tmp_path, monkeypatch):
     return found
 
 
+@pytest.mark.trackers
 def test_wandb_gets_the_same(store, tmp_path, wandb):
     train(store, forward_to="wandb")
     assert wandb.run is None  # ours is finished
@@ -333,6 +336,7 @@ def test_wandb_gets_the_same(store, tmp_path, wandb):
     assert_same(wandb_history(file, "_step"), expected(store))
 
 
+@pytest.mark.trackers
 def test_a_live_wandb_run_is_used_on_an_axis_of_its_own(store, tmp_path, wandb):
     with wandb.init(project="host", dir=str(tmp_path)) as host:
         host.log({"train/loss": 1.0})
@@ -345,6 +349,7 @@ def test_a_live_wandb_run_is_used_on_an_axis_of_its_own(store, tmp_path, wandb):
     assert {row["train/loss"] for row in wandb_history(file, "_step", "").values() if "train/loss" in row} == {1.0, 2.0}
 
 
+@pytest.mark.trackers
 def test_a_wandb_tracker_of_a_host_that_counts_steps_loses_none_of_its_rows(store, tmp_path, wandb):
     host = WandBTracker("host")
     host.main_process_only = False

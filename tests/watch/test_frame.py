@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 from planted import START, plant
 
-from lm_telemetry.exporters.watch.frame import inert
 from lm_telemetry.exporters.watch.reading import Reading
+from lm_telemetry.terminal import one_line
 
 STEPS = 200
 
@@ -164,7 +164,7 @@ def test_what_others_have_named_does_nothing_to_a_terminal(store, watch, frame):
     assert lines[0].startswith("\\x1b[2J[red]  over")
     (event,) = (text for text in lines if "step 1  " in text and "next" in text)
     assert "[red]\\x1b[31mred\\x1b]0;title\\x07[bold]\\nnext\\r\\x9b2J\\u202e:smile:" in event
-    assert inert(EVIL).isprintable()
+    assert one_line(EVIL).isprintable()
 
 
 def test_no_run_yet(frame):

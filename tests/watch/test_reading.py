@@ -7,9 +7,11 @@ from busy_store import busy_store
 from planted import by, plant
 
 from lm_telemetry.exporters.watch import recent
-from lm_telemetry.exporters.watch.reading import BUCKETS, newest_run
+from lm_telemetry.exporters.watch.reading import BUCKETS
 from lm_telemetry.exporters.watch.recent import Recent, judged
+from lm_telemetry.meant import newest_run
 from lm_telemetry.queries import connect
+from lm_telemetry.queries.connect import Connection, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,12 @@ def test_only_recent_files_are_read(store, monkeypatch):
     with connect(store.path) as connection:
         some = Recent.of(connection, "r", 0)
         assert some.look()
-        assert some.rows("SELECT count(*) AS n, max(step) AS last FROM steps") == [{"n": 150, "last": 1000}]
+        assert rows_of(some.execute("SELECT count(*) AS n, max(step) AS last FROM steps")) == [{"n": 150, "last": 1000}]
         assert connection.execute("SELECT count(*) FROM steps WHERE run_id = 'r' AND rank = 0").fetchone() == (1000,)
         plant(store, "steps", steps(1001, 1001))
-        assert some.rows("SELECT max(step) AS last FROM steps") == [{"last": 1000}]  # until the next look
+        assert rows_of(some.execute("SELECT max(step) AS last FROM steps")) == [{"last": 1000}]  # until the next look
         assert some.look()
-        assert some.rows("SELECT max(step) AS last FROM steps") == [{"last": 1001}]
+        assert rows_of(some.execute("SELECT max(step) AS last FROM steps")) == [{"last": 1001}]
 
 
 def test_a_launch_that_went_back_is_read(store, monkeypatch):
@@ -54,15 +56,17 @@ def test_a_launch_that_went_back_is_read(store, monkeypatch):
     with connect(store.path) as connection:
         some = Recent.of(connection, "r", 0)
         some.look()
-        assert some.rows("SELECT max(step) AS last, count(*) AS n FROM steps") == [{"last": 210, "n": 210}]
+        assert rows_of(some.execute("SELECT max(step) AS last, count(*) AS n FROM steps")) == [{"last": 210, "n": 210}]
 
 
 def test_nothing_is_asked_while_nothing_changes(store, watch, monkeypatch):
     plant(store, "steps", steps(1, 50))
     plant(store, "layers", [{"step": 1, "stack": "decoder", "layer": 0, "site": "resid", "rms": 1.0}])
     asked = []
-    rows = Recent.rows
-    monkeypatch.setattr(Recent, "rows", lambda self, sql: asked.append(sql) or rows(self, sql))
+    ask = Connection._ask
+    monkeypatch.setattr(
+        Connection, "_ask", lambda self, method, sql, *more: asked.append(sql) or ask(self, method, sql, *more)
+    )
     look = watch()
     first = look()
     n = len(asked)
