@@ -29,13 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import store_peers as peers
 import store_scale
 from rows import append
 
-from lm_telemetry.columns import to_table
+from lm_telemetry.columns import Captured, to_rows
 from lm_telemetry.compaction import GROUP_ROWS, compact
 from lm_telemetry.queries import connect
 from lm_telemetry.store import Manifest, Store, put_rows
@@ -120,20 +119,21 @@ def capture(values: np.ndarray, table: str) -> dict[str, Any]:
 
 
 def write_ours(path: Path, values: np.ndarray, steps_a_part: int = STEPS_A_PART) -> Store:
-    """The writer's path without its thread: `to_table` a capture, `write_part` and the manifest a flush."""
+    """The writer's path without its thread: checks a capture, rows, parts and the manifest a flush."""
     store = Store.open_for_writing(path)
     (store.manifests("run") / "attempt=0").mkdir(parents=True)
     manifest = Manifest(**RUN)
-    waiting: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
+    waiting: dict[str, list[Captured]] = {table: [] for table in TABLES}
     seq = 0
     for step, captured in enumerate(values, 1):
-        for table, tables in waiting.items():
-            stamps = {"attempt": 0, "step": step, "time_us": 1_700_000_000_000_000 + step * 100_137}
-            tables.append(to_table(table, capture(captured, table), **stamps))
+        for table, captures in waiting.items():
+            stamps = {"step": step, "time_us": 1_700_000_000_000_000 + step * 100_137}
+            captures.append(Captured.check(table, capture(captured, table), **stamps))
         if step % steps_a_part == 0 or step == len(values):
-            for table, tables in waiting.items():
-                manifest.parts.append(store.write_part(pa.concat_tables(tables), table=table, seq=seq, **RUN))
-                tables.clear()
+            for table, captures in waiting.items():
+                rows = to_rows(table, captures, attempt=0)
+                manifest.parts.append(store.write_part(rows, table=table, seq=seq, **RUN))
+                captures.clear()
             store.write_manifest(manifest)
             seq += 1
     return store

@@ -126,7 +126,7 @@ class PrometheusExporter:
         return self._server.address
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in a batch of rows."""
+        """Take in the rows of one capture."""
         if self._latest is not None:
             self._latest.observe(table, rows)
 

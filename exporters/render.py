@@ -99,7 +99,7 @@ class Latest:
         self._stats: WriterStats | None = None
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in a batch of rows of one step."""
+        """Take in the rows of one capture."""
         last = rows.slice(rows.num_rows - 1).select(["step", "time"]).to_pylist()[0]
         self._last[table] = (last["step"], last["time"].timestamp())
         if table == "runs":

@@ -116,7 +116,7 @@ class Bridge:
         self._lanes = [_Lane(tracker, run_id=run_id, base=base, tell=tell) for tracker in trackers]
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in a batch of rows of one step."""
+        """Take in the rows of one capture."""
         if table not in LABELS or not self._lanes:
             return
         step = rows["step"][0].as_py()
@@ -132,7 +132,7 @@ class Bridge:
     def flushed(self, stats: WriterStats) -> None:
         """Hand over what has come since the last flush."""
         steps, self._steps = self._steps, {}
-        for step, values in steps.items():
+        for step, values in sorted(steps.items()):
             for lane in self._lanes:
                 lane.put(step, values)
 

@@ -36,7 +36,7 @@ import json
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -319,10 +319,7 @@ def write_compaction(
         "generation": generation,
         "updated": _now(),
         "replaces": replaces,
-        "files": {
-            table: [{k: v for k, v in asdict(file).items() if k != "table"} for file in found]
-            for table, found in files.items()
-        },
+        "files": {table: [file.entry() for file in found] for table, found in files.items()},
         "retired": retired,
     }
     put_json(path, document)

@@ -29,7 +29,7 @@ import secrets
 import socket
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -72,6 +72,10 @@ class PartInfo:
     """`catalogue.schema_id` of the table when it was written; None in manifests older than this"""
     crc32: int | None = None
     """checksum of the file's bytes, taken while they were written; None in manifests older than this"""
+
+    def entry(self) -> dict[str, Any]:
+        """What a manifest lists of it, under its table."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "table"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -399,8 +403,7 @@ def by_table(parts: list[PartInfo]) -> dict[str, list[dict[str, Any]]]:
     """Parts as a manifest lists them."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
-        entry = asdict(part)
-        tables.setdefault(entry.pop("table"), []).append(entry)
+        tables.setdefault(part.table, []).append(part.entry())
     return tables
 
 

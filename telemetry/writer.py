@@ -1,12 +1,14 @@
 r"""The background writer: takes captures from the training thread and puts them on disk, without ever holding it up.
 
-    submit -> bounded queue -> [thread] produce() -> Arrow tables in memory -> parts in the store
-                                            \-> observers (Prometheus)
+    submit -> bounded queue -> [thread] produce() -> captures in memory
+                               [thread, at a flush] captures -> Arrow tables -> parts in the store
+                                                                           \-> observers (Prometheus)
 
 Decisions:
 
 - The queue is a `SimpleQueue`, whose `put` neither waits nor takes a lock that a signal handler could meet. When it is
   full, the capture is dropped and counted, and an event says how many once there is room.
+- Captures become rows at the flush, all of a table together; one that does not fit is found by trying them one by one.
 - A flush that fails (disk full, directory deleted, read-only) leaves the rows in memory, and is tried again at the next
   one. Past a bound the oldest rows go, counted. An event tells when writing works again.
 - `produce` and observers are other people's code: what they raise becomes an event, and the writer goes on.
@@ -26,12 +28,13 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from functools import partial
+from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from lm_telemetry.columns import ColumnError, to_table
+from lm_telemetry.columns import Captured, ColumnError, to_rows
 from lm_telemetry.errors import StoreError
 from lm_telemetry.events import Event, describe
 from lm_telemetry.liveness import hold
@@ -83,10 +86,10 @@ class WriterStats:
 
 
 class Observer(Protocol):
-    """Who wants to see rows as they are produced; called on the writer's thread."""
+    """Who wants to see rows at each flush; called on the writer's thread."""
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """A batch of rows of `table` with all its columns, before it is on disk."""
+        """The rows of one capture for `table`, all columns, before they are on disk; those of a table in order."""
 
     def flushed(self, stats: WriterStats) -> None:
         """A flush was tried."""
@@ -237,6 +240,8 @@ class Writer:
                 if error is not None:
                     _contained(partial(self._lost, item.step, error))
                     _log.warning("lm-telemetry: a capture was lost: %s", describe(error))
+            if self._pending.caught_bytes >= FLUSH_BYTES:
+                self._gather()
             early = self._pending.bytes >= FLUSH_BYTES and self._failing_since is None
             if isinstance(item, _Marker) or early or time.monotonic() >= due:
                 written, error = _contained(self._flush)
@@ -298,11 +303,37 @@ class Writer:
         self._keep("events", event.columns, event.step, event.time_us)
 
     def _keep(self, table: str, columns: Columns, step: int, time_us: int) -> None:
-        rows = to_table(table, columns, attempt=self._attempt, step=step, time_us=time_us)
-        if rows.num_rows == 0:
-            return
-        self._counts["dropped_rows"] += self._pending.add(table, rows)
-        self._show(lambda observer: observer.observe(table, rows))
+        captured = Captured.check(table, columns, step=step, time_us=time_us)
+        if captured.rows:
+            self._pending.catch(table, captured)
+
+    def _gather(self) -> None:
+        """Make rows of the captures, and show them to the observers."""
+        while caught := self._pending.take_caught():  # again, where this brought events
+            for table, captures in caught.items():
+                for batch, rows in self._batches(table, captures):
+                    self._counts["dropped_rows"] += self._pending.add(table, rows)
+                    self._show_batch(table, batch, rows)
+
+    def _batches(self, table: str, captures: list[Captured]) -> list[tuple[list[Captured], pa.Table]]:
+        """Rows of the captures: in one piece, or, where one does not fit, of each of the others."""
+        rows, error = _contained(partial(to_rows, table, captures, attempt=self._attempt))
+        if error is None:
+            return [(captures, rows)]
+        if len(captures) > 1:
+            return [batch for captured in captures for batch in self._batches(table, [captured])]
+        if table == "events":  # an event of its own would fare no better
+            _log.warning("lm-telemetry: an event was lost: %s", describe(error))
+        else:
+            column = error.column if isinstance(error, ColumnError) else None
+            self._lost(captures[0].step, error, table=table, column=column)
+        return []
+
+    def _show_batch(self, table: str, captures: list[Captured], rows: pa.Table) -> None:
+        start = 0
+        for captured in captures if self._observers else ():
+            self._show(methodcaller("observe", table, rows.slice(start, captured.rows)))
+            start += captured.rows
 
     def _show(self, call: Callable[[Observer], None]) -> None:
         """Call each observer; of one that raises an event tells once, and it is called again next time."""
@@ -314,6 +345,7 @@ class Writer:
 
     def _flush(self) -> bool:
         """Write all that is in memory; whether all of it, and the manifest, is on disk."""
+        self._gather()
         error = self._write()
         if error is not None:
             self._counts["flush_failures"] += 1
@@ -333,6 +365,7 @@ class Writer:
             )
             self._failing_since, self._told_lost = None, self._counts["dropped_rows"]
         self._show(lambda observer: observer.flushed(self.stats))
+        self._gather()
         if error is None and self._pending.rows:  # events of this very flush
             error = self._write()
         return error is None

@@ -172,7 +172,10 @@ class Instrument:
         return None
 
     def rows(self, host: Mapping[str, np.ndarray[Any, Any]], note: Any) -> Mapping[str, Columns]:
-        """Columns by table, on the background thread; those of `steps` join the step's own row."""
+        """Columns by table, on the background thread; those of `steps` join the step's own row.
+
+        They are read at the next flush: what is handed over here is not changed any more.
+        """
         raise NotImplementedError
 
     def detach(self) -> None:

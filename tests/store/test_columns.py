@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_telemetry.catalogue import TABLES
-from lm_telemetry.columns import ColumnError, to_table
+from lm_telemetry.columns import Captured, ColumnError, to_rows, to_table
 from lm_telemetry.schema import schema
 from lm_telemetry.store import Store
 
@@ -73,6 +73,56 @@ def test_what_goes_in_comes_out_of_the_file(batch, tmp_path_factory):
     assert found["step"].to_pylist() == [7] * count
     assert found["attempt"].to_pylist() == [1] * count
     assert found["time"].to_pylist()[0].timestamp() == 1_700_000_000
+
+
+AS_ARRAYS = {
+    pa.int32(): st.sampled_from([np.int32, np.int64, np.float64]),
+    pa.float32(): st.sampled_from([np.float32, np.float64]),
+}
+
+
+@st.composite
+def flushes(draw):
+    """A table's name, and columns of several captures: others in each, in lists, arrays and masked arrays."""
+    table = draw(st.sampled_from(["layers", "steps", "sketches"]))
+    kinds = {f.name: f.type for f in list(schema(table))[3:]}
+    captures = []
+    for _ in range(draw(st.integers(1, 4))):
+        rows, columns = draw(st.integers(0, 3)), {}
+        for name in draw(st.lists(st.sampled_from(sorted(kinds)), unique=True, min_size=1, max_size=4)):
+            kind = kinds[name]
+            if kind in AS_ARRAYS and draw(st.booleans()):
+                dtype = draw(AS_ARRAYS[kind])
+                columns[name] = np.array(draw(st.lists(VALUES[kind], min_size=rows, max_size=rows)), dtype)
+                if draw(st.booleans()):
+                    columns[name] = np.ma.array(
+                        columns[name], mask=draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+                    )
+            else:
+                columns[name] = draw(st.lists(st.none() | VALUES[kind], min_size=rows, max_size=rows))
+        captures.append(columns)
+    return table, captures
+
+
+@settings(max_examples=300, deadline=None)
+@given(flush=flushes())
+def test_the_captures_of_a_flush_are_the_rows_they_are_one_by_one(flush):
+    table, captures = flush
+    stamps = [{"step": step, "time_us": 10 * step} for step in range(len(captures))]
+    checked = [Captured.check(table, columns, **at) for columns, at in zip(captures, stamps, strict=True)]
+    alone = [to_table(table, columns, attempt=2, **at) for columns, at in zip(captures, stamps, strict=True)]
+    together = to_rows(table, checked, attempt=2).to_pylist()
+    assert len(together) == sum(captured.rows for captured in checked)
+    for got, want in zip(together, pa.concat_tables(alone).to_pylist(), strict=True):
+        assert all(same(want[name], got[name]) for name in want), (got, want)
+
+
+def test_keys_that_repeat_are_told_from_keys_that_do_not():
+    keys = [["a", "b"], ["a", "b"], ["a", None], ["b", "a"]]
+    checked = [Captured.check("layers", {"site": site}, step=1, time_us=0) for site in keys]
+    for captures in (checked[:2], checked):
+        want = [entry for captured in captures for entry in captured.columns["site"]]
+        assert to_rows("layers", captures, attempt=0)["site"].to_pylist() == want
 
 
 @settings(max_examples=60, deadline=None)

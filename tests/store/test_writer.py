@@ -101,7 +101,7 @@ def test_a_bug_of_ours_loses_a_capture_and_not_the_thread(make_writer, rows_of, 
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lm_telemetry.writer.to_table", broken)
+        patch.setattr("lm_telemetry.writer.to_rows", broken)
         writer.submit(1, loss(1.0))
         assert writer.flush(10)
     with monkeypatch.context() as patch:
@@ -180,6 +180,32 @@ def test_an_observer_that_raises_at_the_last_flush_is_told_of(make_writer, rows_
 class Broken(Seen):
     def observe(self, table, rows):
         raise KeyError("observer")
+
+
+def test_a_capture_that_does_not_fit_is_the_only_one_of_its_flush_that_is_lost(make_writer, rows_of):
+    seen = Seen()
+    writer = make_writer(observers=[seen])
+    for step, layer in enumerate([0, 1.5, 2], 1):
+        writer.submit(step, lambda layer=layer: {"layers": {"layer": [layer], "rms": [0.5]}, "steps": {"loss": [1.0]}})
+    assert writer.flush(10)
+    assert [row["layer"] for row in rows_of("layers")] == [0, 2]
+    assert [row["step"] for row in rows_of("steps")] == [1, 2, 3]
+    (event,) = rows_of("events")
+    assert (event["kind"], event["step"]) == ("capture_failed", 2)
+    assert '"column": "layer"' in event["fields"]
+    assert [row["layer"] for table, (row,) in seen.batches if table == "layers"] == [0, 2]
+
+
+def test_observers_are_shown_one_capture_at_a_time(make_writer):
+    seen = Seen()
+    writer = make_writer(observers=[seen])
+    for step, rms in [(1, [1.0, 2.0]), (2, [3.0]), (2, [])]:
+        writer.submit(step, lambda rms=rms: {"layers": {"rms": rms}})
+    assert writer.flush(10)
+    assert [[(row["step"], row["rms"]) for row in rows] for _, rows in seen.batches] == [
+        [(1, 1.0), (1, 2.0)],
+        [(2, 3.0)],
+    ]
 
 
 def test_observers_see_whole_rows_and_every_flush(make_writer):

@@ -60,13 +60,13 @@ def test_a_full_disk_leaves_no_half_written_files(make_writer, disk, store):
 
 
 def test_past_a_bound_the_oldest_rows_go_and_are_counted(make_writer, rows_of, disk, monkeypatch):
-    # A row weighs a little over 4 KiB: room for two, with the event that tells of the failure.
+    # The rows of a flush weigh a little over 4 KiB: room for two, with the event that tells of the failure.
     monkeypatch.setattr("lm_telemetry.pending.KEEP_BYTES", 3 * 4500)
     writer = make_writer()
     disk.full = True
     for step in range(1, 7):
         writer.submit(step, loss(1.0))
-    assert not writer.flush(10)
+        assert not writer.flush(10)
     assert writer.stats.pending_rows == 3
     disk.full = False
     assert writer.flush(10)
