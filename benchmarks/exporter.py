@@ -8,10 +8,14 @@ Two settings:
   row gives the median of the times to the last byte, with its 20th and 80th percentile, and its ratio to the peer's
   median. Prometheus keeps its connection where the server allows it, so ours is measured with a kept connection, and
   with a new one each time.
-- `training`: the loop of `overhead.py` with all per-step instruments and an endpoint, with a scrape each second against
-  none, on one core, the client on another. Blocks of steps take turns; a row gives the median over pairs of the ratio
-  of their wall times, of their processor times, and the share of the time that the server's thread computed, which no
-  other process disturbs. `none against none` tells what the machine itself scatters.
+- `training`: the loop of `overhead.py` with all per-step instruments and an endpoint, with scrapes against none, on one
+  core, the client on another. Blocks of two seconds take turns, four a round: with a scrape each second, with fifty,
+  and two without. A row gives the median over rounds of the ratio of a block's wall time to that of one without, and
+  of their processor times, each with its 95 % interval (percentile bootstrap), and the share of the time that the
+  server's thread computed, which no other process disturbs. `none against none` tells what the machine itself
+  scatters, which is more than a scrape a second can cost; so what one costs is read off fifty, as
+  `1 + (ratio - 1) / 50`: the row `a scrape each second, from fifty`. Rows are written to disk between blocks, since a
+  flush within some of them would scatter by more than what is looked for.
 
     python benchmarks/exporter.py           # appends rows to benchmarks/results/exporter.csv
     python benchmarks/exporter.py --quick   # a quick look; writes nothing
@@ -31,8 +35,9 @@ import sys
 import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from rows import append
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FAMILIES, SERIES = 20, 2000
+MANY = 50
+"""Scrapes a second that cost enough to be measured."""
 LIKE_PROMETHEUS = {
     "Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
     "Accept-Encoding": "gzip",
@@ -85,8 +92,8 @@ def client(ports: dict[str, int], scrapes: int) -> None:
     print(json.dumps({name: found[2:] for name, found in times.items()}))
 
 
-def visitor(port: int) -> None:
-    """Scrape each second until the process is ended; says when it begins.
+def visitor(port: int, seconds: float) -> None:
+    """Scrape every so many seconds until the process is ended; says when it begins.
 
     While it is stopped the server closes its connection for being idle: then it connects anew.
     """
@@ -100,7 +107,7 @@ def visitor(port: int) -> None:
         except (http.client.HTTPException, ConnectionError):
             connection.close()
             continue
-        time.sleep(max(0.0, 1.0 - (time.monotonic() - began)))
+        time.sleep(max(0.0, seconds - (time.monotonic() - began)))
 
 
 def run_python(seconds: float) -> int:
@@ -150,10 +157,28 @@ def scrapes(count: int) -> Iterator[dict[str, Any]]:
     ours.close()
 
 
-def training(pairs: int, seconds: float) -> Iterator[dict[str, Any]]:
+class Block(NamedTuple):
+    """Seconds that some steps took."""
+
+    wall: float
+    processor: float
+    """of all threads of the process"""
+    server: float
+    """of the endpoint's thread"""
+
+
+def interval(name: str, values: list[float]) -> dict[str, float]:
+    """Median and its 95 % interval, by 10,000 resamples."""
+    resampled = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
+    found = {"median": statistics.median(values), "low": low, "high": high}
+    return {f"{name}_{end}": round(float(value), 4) for end, value in found.items()}
+
+
+def training(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Rows of the second setting."""
     import torch
-    from overhead import PER_STEP, Loop, spread
+    from overhead import PER_STEP, Loop
 
     from lm_telemetry import observe
 
@@ -166,6 +191,7 @@ def training(pairs: int, seconds: float) -> Iterator[dict[str, Any]]:
             optimizer=loop.optimizer,
             store=store,
             prometheus_port=0,
+            flush_seconds=1e6,
             instruments={name: {"every": 1} for name in PER_STEP},
             strict=True,
         ) as session,
@@ -173,53 +199,66 @@ def training(pairs: int, seconds: float) -> Iterator[dict[str, Any]]:
         port = int(session.address.rpartition(":")[2].partition("/")[0])
         (server,) = (t for t in threading.enumerate() if t.name == "lm-telemetry-metrics")
         clock = time.pthread_getcpuclockid(server.ident)
-        with subprocess.Popen(
-            [sys.executable, __file__, "--visitor", str(port)], stdout=subprocess.PIPE, text=True
-        ) as visiting:
-            assert visiting.stdout is not None
-            visiting.stdout.readline()
+        with visit(port, 1.0) as once, visit(port, 1.0 / MANY) as often:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, cores[:1])
-            os.sched_setaffinity(visiting.pid, cores[1:] or cores)
+            for visiting in (once, often):
+                os.sched_setaffinity(visiting.pid, cores[1:] or cores)
 
-            def block(steps: int, *, scraped: bool) -> tuple[float, float, float]:
-                """Wall and processor seconds of the process, and those of the server's thread."""
-                visiting.send_signal(signal.SIGCONT if scraped else signal.SIGSTOP)
+            def block(steps: int, scraping: subprocess.Popen[str] | None) -> Block:
+                session.flush()
+                for visiting in (once, often):
+                    visiting.send_signal(signal.SIGCONT if visiting is scraping else signal.SIGSTOP)
+                session.step(loss=loop.step())
                 began = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
                 for _ in range(steps):
                     session.step(loss=loop.step())
                 ended = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
-                wall, cpu, served = (after - before for before, after in zip(began, ended, strict=True))
-                return wall, cpu, served
+                return Block(*(after - before for before, after in zip(began, ended, strict=True)))
 
-            block(3, scraped=False)
-            steps = max(1, round(seconds / (block(5, scraped=False)[0] / 5)))
-            for name, scraped in (("none against none", False), ("a scrape each second against none", True)):
-                wall, cpu, served = [], [], []
-                for pair in range(pairs):
-                    order = [scraped, False] if pair % 2 == 0 else [False, scraped]
-                    found = [block(steps, scraped=each) for each in order]
-                    ours, plain = found if pair % 2 == 0 else reversed(found)
-                    wall.append(ours[0] / plain[0])
-                    cpu.append(ours[1] / plain[1])
-                    served.append(ours[2] / ours[0])
+            block(3, None)
+            steps = max(1, round(seconds / (block(5, None).wall / 5)))
+            who = {"plain": None, "again": None, "once": once, "often": often}
+            found: dict[str, list[Block]] = {name: [] for name in who}
+            for turn in range(rounds):
+                order = list(who)
+                for name in order[turn % 4 :] + order[: turn % 4]:
+                    found[name].append(block(steps, who[name]))
+            for name, of, times in (
+                ("none against none", "again", 1),
+                ("a scrape each second against none", "once", 1),
+                (f"{MANY} scrapes each second against none", "often", 1),
+                (f"a scrape each second, from {MANY}", "often", MANY),
+            ):
+                pairs = list(zip(found[of], found["plain"], strict=True))
                 yield {
                     "setting": "training",
                     "variant": name,
-                    **spread("wall_ratio", wall),
-                    **spread("cpu_ratio", cpu),
-                    "server_share": round(statistics.median(served), 6),
-                    "pairs": pairs,
+                    **interval("wall_ratio", [1 + (ours.wall / plain.wall - 1) / times for ours, plain in pairs]),
+                    **interval("cpu_ratio", [1 + (o.processor / p.processor - 1) / times for o, p in pairs]),
+                    "server_share": round(statistics.median(o.server / o.wall for o, _ in pairs) / times, 6),
+                    "pairs": rounds,
                     "steps_a_block": steps,
                 }
-            assert visiting.poll() is None, "the visitor has ended, so that nothing was scraped"
-            visiting.kill()
+            for visiting in (once, often):
+                assert visiting.poll() is None, "a visitor has ended, so that nothing was scraped"
+                visiting.kill()
+
+
+@contextlib.contextmanager
+def visit(port: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """A process that scrapes every so many seconds, from when it has scraped once."""
+    command = [sys.executable, __file__, "--visitor", str(port), "--seconds", str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as visiting:
+        assert visiting.stdout is not None
+        visiting.stdout.readline()
+        yield visiting
 
 
 COLUMNS = (
     "setting", "main_thread", "variant", "milliseconds_median", "milliseconds_p20", "milliseconds_p80", "ratio_to_peer",
-    "series", "samples", "wall_ratio_median", "wall_ratio_p20", "wall_ratio_p80", "cpu_ratio_median", "cpu_ratio_p20",
-    "cpu_ratio_p80", "server_share", "pairs", "steps_a_block",
+    "series", "samples", "wall_ratio_median", "wall_ratio_low", "wall_ratio_high", "cpu_ratio_median", "cpu_ratio_low",
+    "cpu_ratio_high", "server_share", "pairs", "steps_a_block",
 )  # fmt: skip
 
 
@@ -229,16 +268,17 @@ def main() -> None:
     parser.add_argument("--only", choices=["scrape", "training"], help="one of the settings")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--visitor", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--scrapes", type=int, default=100, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client:
         client(json.loads(arguments.client), arguments.scrapes)
     elif arguments.visitor:
-        visitor(arguments.visitor)
+        visitor(arguments.visitor, arguments.seconds)
     else:
         settings = {
             "scrape": lambda: scrapes(22 if arguments.quick else 102),
-            "training": lambda: training(*((4, 2.0) if arguments.quick else (30, 4.0))),
+            "training": lambda: training(4 if arguments.quick else 60, 2.0),
         }
         for name, rows in settings.items():
             if arguments.only in {None, name}:
