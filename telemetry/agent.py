@@ -102,6 +102,7 @@ class Agent:
         before_forward: Callable[[Mapping[str, Any]], None] | None = None,
         continues: str | None = None,
         tokenizer: Any = None,
+        max_steps: int | None = None,
     ) -> None:
         """Put the taps on.
 
@@ -112,6 +113,7 @@ class Agent:
             before_forward: told of each call of the model before the agent is.
             continues: name of the run that this one goes on with, where the settings name none.
             tokenizer: what the model's tokens come from, a tokenizer or a processor of transformers, if known.
+            max_steps: step at which training is to end, if known.
 
         Raises:
             ModelError: see `check`.
@@ -133,6 +135,7 @@ class Agent:
         self._attention_tap = AttentionTap(self.topology, self._see_attention, self.guard)
         self._outer = OuterTap(outer, model, self.forward_begin, self.forward_end)
         self._clock = StepClock()
+        self._max_steps = max_steps
         self.meter.reset()
         self.schedule.settle()  # what an earlier run has left is not this one's
         self.session.start(model, continues=continues)
@@ -421,6 +424,7 @@ class Agent:
                 optimizer=self._optimizer_columns,
                 mode=self.mode,
                 world_size=self.session.world_size,
+                max_steps=self._max_steps,
                 probe=self.probe,
             )
             self.session.describe(self.step, lambda: {"runs": about()})

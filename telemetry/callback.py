@@ -93,6 +93,7 @@ class TelemetryCallback(TrainerCallback, ExportableState):
                 optimizer=kwargs.get("optimizer"),
                 continues=continues,
                 tokenizer=kwargs.get("processing_class"),
+                max_steps=state.max_steps if state.max_steps > 0 else None,
             )
             if self._tap is not None:
                 self._tap.install()

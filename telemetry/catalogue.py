@@ -155,6 +155,7 @@ CATALOGUE: tuple[Metric, ...] = (
             ("optimizer", "string", "", "class of the optimizer"),
             ("optimizer_settings", "string", "", "hyperparameters of its first group, as JSON"),
             ("world_size", "int32", "1", "number of ranks"),
+            ("max_steps", "int64", "1", "step at which training was to end when it began; NULL if that was not told"),
             ("settings", "string", "", "the agent's settings, as JSON"),
             ("max_overhead", "float64", "1", "share of training time the agent may take"),
             ("versions", "string", "", "versions of the software, as JSON"),

@@ -42,6 +42,7 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         optimizer: the optimizer, if known here; else `step` is told, and updates are measured from the step after.
         steps_done: steps of the run that were taken before; a loop that goes on from a checkpoint gives their number,
             and the `run_id` it began with.
+        max_steps: step at which training is to end, if that is known; views that tell the time to go need it.
         tokenizer: what the model's tokens come from, so that those of the probe can be stored legibly; a tokenizer or
             a processor of transformers.
         settings: fields of `lm_telemetry.Settings`.
@@ -58,15 +59,13 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         *,
         optimizer: Any = None,
         steps_done: int = 0,
+        max_steps: int | None = None,
         tokenizer: Any = None,
         **settings: Any,
     ) -> None:
-        if type(steps_done) is not int or steps_done < 0:
-            raise SettingsError(
-                f"steps_done: expected a number of steps, at least 0; got {steps_done!r}",
-                setting="steps_done",
-                value=steps_done,
-            )
+        _check_steps("steps_done", steps_done, 0)
+        if max_steps is not None:
+            _check_steps("max_steps", max_steps, 1)
         self.settings = Settings.resolve(**settings)
         self._outer = model
         self._model = bare(model)
@@ -76,6 +75,7 @@ class observe:  # noqa: N801 a context manager that reads as a verb
         self._handles: list[RemovableHandle] = []
         self._first_optimizer = optimizer
         self._tokenizer = tokenizer
+        self._max_steps = max_steps
         self._step = steps_done
         self._training = False
 
@@ -92,7 +92,11 @@ class observe:  # noqa: N801 a context manager that reads as a verb
     def __enter__(self) -> Self:
         with self._agent.guard("attaching"):
             self._agent.attach(
-                self._model, outer=self._outer, before_forward=self._before_forward, tokenizer=self._tokenizer
+                self._model,
+                outer=self._outer,
+                before_forward=self._before_forward,
+                tokenizer=self._tokenizer,
+                max_steps=self._max_steps,
             )
             self._watch(self._first_optimizer)
         return self
@@ -162,6 +166,13 @@ def bare(model: nn.Module) -> nn.Module:
         if not isinstance(inner, torch.nn.Module):
             return model
         model = inner
+
+
+def _check_steps(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise SettingsError(
+            f"{name}: expected a number of steps, at least {least}; got {value!r}", setting=name, value=value
+        )
 
 
 def _calling(tell: Callable[[], None]) -> Callable[..., None]:

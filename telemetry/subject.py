@@ -26,6 +26,7 @@ def describe_run(
     optimizer: dict[str, Any],
     mode: str,
     world_size: int,
+    max_steps: int | None,
     probe: Probe,
 ) -> dict[str, list[Any]]:
     """Columns of `runs`, one row; `optimizer` from `describe_optimizer`."""
@@ -43,6 +44,7 @@ def describe_run(
         "attention": getattr(config, "_attn_implementation", None),
         "mode": mode,
         "world_size": world_size,
+        "max_steps": max_steps,
         "settings": _json(settings.describe()),
         "max_overhead": settings.max_overhead,
         "versions": _json(versions()),

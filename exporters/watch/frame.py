@@ -65,7 +65,7 @@ class Frame:
         Args:
             reading: what is known.
             now: the moment, UTC.
-            max_steps: steps the run is to take, if known, for the time to go.
+            max_steps: step at which the run is to end, for the time to go, if not the one it told.
             store: name of the store.
         """
         lines = self._head(reading, now, max_steps, store)
@@ -98,6 +98,7 @@ class Frame:
     def _head(self, reading: Reading, now: datetime, max_steps: int | None, store: str) -> list[Text]:
         pace, run = reading.first("pace"), reading.first("run")
         step, speed = pace.get("last_step"), pace.get("pace")
+        max_steps = max_steps or run.get("max_steps")
         state = ("LIVE", "bold green") if reading.is_live else ("over", "bold")
         left = Text.assemble((one_line(reading.run_id or "no run yet"), "bold"), "  ")
         if reading.run_id is not None:

@@ -45,7 +45,7 @@ class Screen:
     Args:
         look: gives what is known of the run.
         every: seconds between looks.
-        max_steps: steps the run is to take, if known.
+        max_steps: step at which the run is to end, if not the one it told.
         store: name of the store.
     """
 

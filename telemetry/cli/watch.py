@@ -34,7 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--every", type=_seconds, default=2.0, metavar="SECONDS", help="between looks (default: %(default)g)"
     )
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank that is shown (default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="steps the run is to take, for the time to go")
+    parser.add_argument(
+        "--max-steps", type=int, metavar="N", help="step at which the run is to end, if it did not tell"
+    )
     output.add_store(parser)
     parser.set_defaults(run=run)
 

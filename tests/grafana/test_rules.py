@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from alert_cases import CASES, GONE
+from alert_cases import CASES, ENDPOINTS
 
 from lm_telemetry.exporters.grafana.stack import SOURCE
 from lm_telemetry.exporters.naming import PREFIX
@@ -85,16 +85,16 @@ def test_it_fires_on_what_it_is_for_and_on_nothing_beside_it(check, case):
     check(series, case.at, exprs=[(f'ALERTS{{alertname="{case.alert}", alertstate="firing"}}', expected)])
 
 
-def test_an_endpoint_that_answered_and_does_not_is_gone(check):
-    name = "LmTelemetryExporterGone"
-    series = [{"series": key, "values": values} for key, values in GONE.items()]
-    labels = {"job": "lm-telemetry", "instance": "killed:1"}
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_an_alert_of_an_endpoint_fires_on_what_it_is_for(check, name):
+    given, labels = ENDPOINTS[name]
+    series = [{"series": key, "values": values} for key, values in given.items()]
     expected = [firing(name, labels)]
     check(series, "12m", exprs=[(f'ALERTS{{alertname="{name}", alertstate="firing"}}', expected)])
 
 
 def test_every_alert_has_a_case():
-    assert {case.alert for case in CASES} | {"LmTelemetryExporterGone"} == set(ALERTS)
+    assert {case.alert for case in CASES} | set(ENDPOINTS) == set(ALERTS)
     assert all(case.fires for case in CASES)
 
 

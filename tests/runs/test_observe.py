@@ -61,11 +61,14 @@ def test_micro_batches_are_one_step_and_the_first_is_observed(store):
 def test_an_evaluation_between_steps_is_not_recorded(store):
     model = build("llama").eval()
     optimizer = torch.optim.AdamW(model.parameters())
-    with observe(model, optimizer=optimizer, store=store, every=1, instruments=ALL, strict=True) as session:
+    with observe(
+        model, optimizer=optimizer, store=store, every=1, instruments=ALL, max_steps=3, strict=True
+    ) as session:
         loop(session, model, optimizer, 2)
         with torch.no_grad():
             model(**batch(9))
         loop(session, model, optimizer, 1)
+    assert [r["max_steps"] for r in rows(store, "runs")] == [3]
     assert [s["step"] for s in rows(store, "steps")] == [1, 2, 3]
     assert {s["tokens"] for s in rows(store, "steps")} == {48}
 

@@ -55,7 +55,8 @@ def test_a_resumed_run_is_the_next_attempt_and_the_tables_show_what_survived(sto
         kept = {(r["step"], r["attempt"]) for r in rows(store, table)}
         assert kept == {*surviving, (4, 0), (5, 0)}, "nothing is lost"
         assert {*con.execute(f"SELECT step, attempt FROM raw.{table}").fetchall()} == kept
-    assert con.execute("SELECT count(*) FROM runs").fetchone() == (2,), "each launch is described"
+    told = con.execute("SELECT attempt, max_steps FROM runs ORDER BY attempt").fetchall()
+    assert told == [(0, 5), (1, 7)], "each launch is described"
 
 
 def test_a_second_training_in_one_process_is_a_run_of_its_own(store, tmp_path):
@@ -104,6 +105,12 @@ def test_a_loop_of_one_s_own_goes_on_by_naming_its_run(store):
                 session.step()
     found = connect(store).execute("SELECT step, attempt FROM steps ORDER BY step").fetchall()
     assert found == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+
+
+@pytest.mark.parametrize("max_steps", [0, -1, 1.5, True, "3"])
+def test_an_end_that_is_no_step_is_refused(store, max_steps):
+    with pytest.raises(SettingsError, match="max_steps: expected a number of steps, at least 1"):
+        observe(build("llama"), store=store, max_steps=max_steps)
 
 
 @pytest.mark.parametrize("steps_done", [-1, 1.5, True, "3"])

@@ -36,6 +36,11 @@ def edge(run, value, threshold, scope="all", index="0"):
     return {f"lm_telemetry_curvature_value{labels}": value, f"lm_telemetry_curvature_threshold{labels}": threshold}
 
 
+def refreshed(host, values):
+    labels = f'job="lm-telemetry-store", instance="{host}:1"'
+    return {f"lm_telemetry_export_refresh_timestamp_seconds{{{labels}}}": values}
+
+
 def head(run, column, stat, values, layer="3"):
     labels = f'run_id="{run}", rank="0", stack="decoder", layer="{layer}", kind="self", stat="{stat}"'
     return {f"lm_telemetry_heads_{column}{{{labels}}}": values}
@@ -219,12 +224,28 @@ CASES = [
     ),
 ]
 
-GONE = {
-    'up{job="lm-telemetry", instance="killed:1"}': "1x20 0x60",
-    'up{job="lm-telemetry", instance="alive:1"}': "1x80",
-    'up{job="lm-telemetry", instance="ended:1"}': "1x20 _x60",
-    'up{job="lm-telemetry", instance="flaky:1"}': "1x40 0x4 1x36",
-    'up{job="lm-telemetry", instance="new:1"}': "1x42 0x40",
-    'up{job="lm-telemetry-store", instance="never:1"}': "0x80",
-    'up{job="node", instance="other:1"}': "1x20 0x60",
+ENDPOINTS = {
+    "LmTelemetryExporterGone": (
+        {
+            'up{job="lm-telemetry", instance="killed:1"}': "1x20 0x60",
+            'up{job="lm-telemetry", instance="alive:1"}': "1x80",
+            'up{job="lm-telemetry", instance="ended:1"}': "1x20 _x60",
+            'up{job="lm-telemetry", instance="flaky:1"}': "1x40 0x4 1x36",
+            'up{job="lm-telemetry", instance="new:1"}': "1x42 0x40",
+            'up{job="lm-telemetry-store", instance="never:1"}': "0x80",
+            'up{job="node", instance="other:1"}': "1x20 0x60",
+        },
+        {"job": "lm-telemetry", "instance": "killed:1"},
+    ),
+    "LmTelemetryStoreUnread": (
+        {
+            **refreshed("damaged", "0+15x20 300x60"),
+            **refreshed("fine", "0+15x80"),
+            **refreshed("slow", "0x16 240x16 480x48"),
+            **refreshed("again", "0+15x10 150x24 525+15x44"),
+            **refreshed("ended", "0+15x20 _x60"),
+        },
+        {"job": "lm-telemetry-store", "instance": "damaged:1"},
+    ),
 }
+"""What alerts of endpoints must fire on after twelve minutes, and what not: series, and the labels of what fires."""

@@ -87,6 +87,14 @@ def test_a_healthy_run(healthy, watch, frame):
     assert frame(watch(is_live=False)())[0].startswith("r  over")
 
 
+def test_the_time_to_go_is_what_the_run_told_unless_it_is_given(healthy, watch, frame):
+    plant(healthy, "runs", [{"step": 1, "model_class": "Llama", "max_steps": 300}])
+    told = watch(is_live=True)()
+    assert frame(told)[0].endswith("step 200 of 300")
+    assert "50 s to go" in frame(told)[1]
+    assert frame(told, max_steps=400)[0].endswith("step 200 of 400")
+
+
 SPIKE = lambda step: 9.0 if step == 150 else 2.0 + math.exp(-step / 50)
 LOST = lambda step: math.nan if step > 190 else 2.0
 
