@@ -14,8 +14,9 @@ Two settings:
   of their processor times, each with its 95 % interval (percentile bootstrap), and the share of the time that the
   server's thread computed, which no other process disturbs. `none against none` tells what the machine itself
   scatters, which is more than a scrape a second can cost; so what one costs is read off fifty, as
-  `1 + (ratio - 1) / 50`: the row `a scrape each second, from fifty`. Rows are written to disk between blocks, since a
-  flush within some of them would scatter by more than what is looked for.
+  `1 + (ratio - 1) / (scrapes a second)`: the row `a scrape each second, from 50`. Scrapes are counted, not supposed.
+  Rows are written to disk between blocks, since a flush within some of them would scatter by more than what is looked
+  for.
 
     python benchmarks/exporter.py           # appends rows to benchmarks/results/exporter.csv
     python benchmarks/exporter.py --quick   # a quick look; writes nothing
@@ -93,13 +94,11 @@ def client(ports: dict[str, int], scrapes: int) -> None:
 
 
 def visitor(port: int, seconds: float) -> None:
-    """Scrape every so many seconds until the process is ended; says when it begins.
+    """Scrape every so many seconds until the process is ended, and write a byte of each.
 
     While it is stopped the server closes its connection for being idle: then it connects anew.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    scrape(connection)
-    print("ready", flush=True)
     while True:
         began = time.monotonic()
         try:
@@ -107,6 +106,7 @@ def visitor(port: int, seconds: float) -> None:
         except (http.client.HTTPException, ConnectionError):
             connection.close()
             continue
+        os.write(1, b".")
         time.sleep(max(0.0, seconds - (time.monotonic() - began)))
 
 
@@ -165,6 +165,8 @@ class Block(NamedTuple):
     """of all threads of the process"""
     server: float
     """of the endpoint's thread"""
+    scrapes: int = 0
+    """how many were answered meanwhile"""
 
 
 def interval(name: str, values: list[float]) -> dict[str, float]:
@@ -205,16 +207,18 @@ def training(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
             for visiting in (once, often):
                 os.sched_setaffinity(visiting.pid, cores[1:] or cores)
 
-            def block(steps: int, scraping: subprocess.Popen[str] | None) -> Block:
+            def block(steps: int, scraping: subprocess.Popen[bytes] | None) -> Block:
                 session.flush()
                 for visiting in (once, often):
                     visiting.send_signal(signal.SIGCONT if visiting is scraping else signal.SIGSTOP)
                 session.step(loss=loop.step())
+                scrapes_of(once), scrapes_of(often)
                 began = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
                 for _ in range(steps):
                     session.step(loss=loop.step())
                 ended = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
-                return Block(*(after - before for before, after in zip(began, ended, strict=True)))
+                scrapes = scrapes_of(once) + scrapes_of(often)
+                return Block(*(after - before for before, after in zip(began, ended, strict=True)), scrapes)
 
             block(3, None)
             steps = max(1, round(seconds / (block(5, None).wall / 5)))
@@ -224,19 +228,25 @@ def training(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
                 order = list(who)
                 for name in order[turn % 4 :] + order[: turn % 4]:
                     found[name].append(block(steps, who[name]))
-            for name, of, times in (
-                ("none against none", "again", 1),
-                ("a scrape each second against none", "once", 1),
-                (f"{MANY} scrapes each second against none", "often", 1),
-                (f"a scrape each second, from {MANY}", "often", MANY),
+            for name, of, is_each in (
+                ("none against none", "again", False),
+                ("a scrape each second against none", "once", False),
+                (f"{MANY} scrapes each second against none", "often", False),
+                (f"a scrape each second, from {MANY}", "often", True),
             ):
                 pairs = list(zip(found[of], found["plain"], strict=True))
+                rate = [ours.scrapes / ours.wall if is_each else 1.0 for ours, _ in pairs]
+                wall = [1 + (ours.wall / plain.wall - 1) / n for (ours, plain), n in zip(pairs, rate, strict=True)]
+                cpu = [1 + (o.processor / p.processor - 1) / n for (o, p), n in zip(pairs, rate, strict=True)]
                 yield {
                     "setting": "training",
                     "variant": name,
-                    **interval("wall_ratio", [1 + (ours.wall / plain.wall - 1) / times for ours, plain in pairs]),
-                    **interval("cpu_ratio", [1 + (o.processor / p.processor - 1) / times for o, p in pairs]),
-                    "server_share": round(statistics.median(o.server / o.wall for o, _ in pairs) / times, 6),
+                    "samples": sum(ours.scrapes for ours, _ in pairs),
+                    **interval("wall_ratio", wall),
+                    **interval("cpu_ratio", cpu),
+                    "server_share": round(
+                        statistics.median(o.server / o.wall / n for (o, _), n in zip(pairs, rate, strict=True)), 6
+                    ),
                     "pairs": rounds,
                     "steps_a_block": steps,
                 }
@@ -246,13 +256,20 @@ def training(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def visit(port: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
+def visit(port: int, seconds: float) -> Iterator[subprocess.Popen[bytes]]:
     """A process that scrapes every so many seconds, from when it has scraped once."""
     command = [sys.executable, __file__, "--visitor", str(port), "--seconds", str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as visiting:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as visiting:
         assert visiting.stdout is not None
-        visiting.stdout.readline()
+        visiting.stdout.read(1)
+        os.set_blocking(visiting.stdout.fileno(), False)
         yield visiting
+
+
+def scrapes_of(visiting: subprocess.Popen[bytes]) -> int:
+    """How many scrapes a visitor has made since this was asked last."""
+    assert visiting.stdout is not None
+    return len(visiting.stdout.read() or b"")
 
 
 COLUMNS = (
