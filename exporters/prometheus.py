@@ -126,7 +126,7 @@ class PrometheusExporter:
         return self._server.address
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in the rows of one capture."""
+        """Take in rows of one capture or several."""
         if self._latest is not None:
             self._latest.observe(table, rows)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from lm_telemetry.catalogue import metric
+from lm_telemetry.columns import split
 from lm_telemetry.exporters.exposition import expose
 from lm_telemetry.exporters.naming import (
     BY_HEAD,
@@ -37,7 +38,7 @@ from lm_telemetry.exporters.naming import (
 from lm_telemetry.exporters.summary import Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import pyarrow as pa
 
@@ -99,9 +100,8 @@ class Latest:
         self._stats: WriterStats | None = None
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in the rows of one capture."""
-        last = rows.slice(rows.num_rows - 1).select(["step", "time"]).to_pylist()[0]
-        self._last[table] = (last["step"], last["time"].timestamp())
+        """Take in rows of one capture or several, in order."""
+        self._last[table] = _stamp(rows)
         if table == "runs":
             self._observe_run(rows)
         elif table == "events":
@@ -196,17 +196,31 @@ class Latest:
             self._events[severity] = (count + 1, exemplar)
 
     def _observe_values(self, table: str, rows: pa.Table) -> None:
-        """Take the values that are not NULL; of heads and of parameter tensors what stands for their layer."""
+        """Take the last values that are not NULL, or all where they are summed."""
+        *earlier, last = split(rows)
+        for capture in earlier:
+            if table in SUMMED:
+                self._last[table] = _stamp(capture)
+                self._take(table, capture, exported_columns(table))
+            else:
+                self._take(table, capture, _not_replaced(table, capture, last))
+        self._last[table] = _stamp(last)
+        self._take(table, last, exported_columns(table))
+
+    def _take(self, table: str, rows: pa.Table, columns: Sequence[str]) -> None:
+        """Take a capture's values that are not NULL; of heads and of parameter tensors what stands for their layer."""
         names = LABELS[table]
+        if not columns:
+            return
         if table in BY_HEAD or table == "params":
             groups = Groups(rows, names)
-            for column in exported_columns(table):
+            for column in columns:
                 stats = metric_stats(table, column)
                 for (key, stat), summary in groups.summarise(rows[column], stats or ("norm",)).items():
                     self._set(table, column, (*key, stat) if stats else key, summary)
             return
         keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True)) or [()] * rows.num_rows
-        for column in exported_columns(table):
+        for column in columns:
             for key, value in zip(keys, rows[column].to_pylist(), strict=True):
                 if value is not None:
                     self._set(table, column, key, float(value))
@@ -225,6 +239,22 @@ class Latest:
             series[key] = (before + value, Exemplar({"step": str(step)}, value, time))
         else:
             series[key] = (value, None)
+
+
+def _stamp(rows: pa.Table) -> tuple[int, float]:
+    """Step of the last row, and when it was captured."""
+    last = rows.slice(rows.num_rows - 1).select(["step", "time"]).to_pylist()[0]
+    return last["step"], last["time"].timestamp()
+
+
+def _not_replaced(table: str, rows: pa.Table, later: pa.Table) -> list[str]:
+    """Columns of a capture with values for which a later one has no others: mostly none, and then it costs nothing."""
+    is_alike = all(rows[name].equals(later[name]) for name in LABELS[table])
+    return [
+        column
+        for column in exported_columns(table)
+        if rows[column].null_count < rows.num_rows and not (is_alike and later[column].null_count == 0)
+    ]
 
 
 def render(latests: Iterable[Latest], *, openmetrics: bool = False) -> bytes:

@@ -33,6 +33,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from lm_telemetry.columns import split
 from lm_telemetry.errors import SettingsError
 from lm_telemetry.events import describe
 from lm_telemetry.exporters.naming import BY_HEAD, LABELS, exported_columns, metric_stats
@@ -116,18 +117,19 @@ class Bridge:
         self._lanes = [_Lane(tracker, run_id=run_id, base=base, tell=tell) for tracker in trackers]
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """Take in the rows of one capture."""
+        """Take in rows of one capture or several."""
         if table not in LABELS or not self._lanes:
             return
-        step = rows["step"][0].as_py()
-        values = self._steps.setdefault(step, {})
-        for name, value in scalars(table, rows):
-            if name not in self._names:
-                if len(self._names) >= MAX_NAMES:
-                    self._left_out(step)
-                    continue
-                self._names.add(name)
-            values[name] = value
+        for capture in split(rows):
+            step = capture["step"][0].as_py()
+            values = self._steps.setdefault(step, {})
+            for name, value in scalars(table, capture):
+                if name not in self._names:
+                    if len(self._names) >= MAX_NAMES:
+                        self._left_out(step)
+                        continue
+                    self._names.add(name)
+                values[name] = value
 
     def flushed(self, stats: WriterStats) -> None:
         """Hand over what has come since the last flush."""

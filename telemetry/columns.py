@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -107,6 +107,13 @@ def to_rows(table: str, captures: Sequence[Captured], *, attempt: int) -> pa.Tab
     )
 
 
+def split(rows: pa.Table) -> list[pa.Table]:
+    """The rows of each capture, in order, of rows of many."""
+    step, time = (rows[name].cast(pa.int64()).to_numpy() for name in ("step", "time"))
+    starts = [0, *(np.flatnonzero((np.diff(step) != 0) | (np.diff(time) != 0)) + 1).tolist(), rows.num_rows]
+    return [rows.slice(start, end - start) for start, end in pairwise(starts)]
+
+
 def _count(table: str, columns: Columns) -> int:
     """Rows of a capture, whose columns are all in the catalogue and of equal length."""
     try:
@@ -159,10 +166,10 @@ def _joined(pieces: Sequence[Sequence[Any] | np.ndarray[Any, Any] | None], count
         return np.concatenate(arrays)
     like = arrays[0]
     hidden = (
-        np.ma.masked_all((count, *like.shape[1:]), like.dtype) if p is None else p
+        np.ma.masked_all((count, *like.shape[1:]), like.dtype) if p is None else p  # type: ignore[no-untyped-call]
         for p, count in zip(pieces, counts, strict=True)
     )
-    return np.ma.concatenate(list(hidden))
+    return np.ma.concatenate(list(hidden))  # type: ignore[no-untyped-call]
 
 
 def _weight(values: Any) -> int:

@@ -89,7 +89,7 @@ class Observer(Protocol):
     """Who wants to see rows at each flush; called on the writer's thread."""
 
     def observe(self, table: str, rows: pa.Table) -> None:
-        """The rows of one capture for `table`, all columns, before they are on disk; those of a table in order."""
+        """Rows of `table` of one capture or several, in order, with all columns, before they are on disk."""
 
     def flushed(self, stats: WriterStats) -> None:
         """A flush was tried."""
@@ -311,29 +311,23 @@ class Writer:
         """Make rows of the captures, and show them to the observers."""
         while caught := self._pending.take_caught():  # again, where this brought events
             for table, captures in caught.items():
-                for batch, rows in self._batches(table, captures):
+                for rows in self._batches(table, captures):
                     self._counts["dropped_rows"] += self._pending.add(table, rows)
-                    self._show_batch(table, batch, rows)
+                    self._show(methodcaller("observe", table, rows))
 
-    def _batches(self, table: str, captures: list[Captured]) -> list[tuple[list[Captured], pa.Table]]:
+    def _batches(self, table: str, captures: list[Captured]) -> list[pa.Table]:
         """Rows of the captures: in one piece, or, where one does not fit, of each of the others."""
         rows, error = _contained(partial(to_rows, table, captures, attempt=self._attempt))
         if error is None:
-            return [(captures, rows)]
+            return [rows]
         if len(captures) > 1:
-            return [batch for captured in captures for batch in self._batches(table, [captured])]
+            return [rows for captured in captures for rows in self._batches(table, [captured])]
         if table == "events":  # an event of its own would fare no better
             _log.warning("lm-telemetry: an event was lost: %s", describe(error))
         else:
             column = error.column if isinstance(error, ColumnError) else None
             self._lost(captures[0].step, error, table=table, column=column)
         return []
-
-    def _show_batch(self, table: str, captures: list[Captured], rows: pa.Table) -> None:
-        start = 0
-        for captured in captures if self._observers else ():
-            self._show(methodcaller("observe", table, rows.slice(start, captured.rows)))
-            start += captured.rows
 
     def _show(self, call: Callable[[Observer], None]) -> None:
         """Call each observer; of one that raises an event tells once, and it is called again next time."""

@@ -3,11 +3,15 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from lm_telemetry.catalogue import CATALOGUE
+from lm_telemetry.columns import to_table
 from lm_telemetry.exporters import render as render_module
 from lm_telemetry.exporters.naming import metric_labels, metric_name
 from lm_telemetry.exporters.render import LABEL_LIMIT, MAX_SERIES, Latest, render
@@ -52,6 +56,64 @@ def test_a_step_is_served_and_null_leaves_the_last_value(latest, rows):
     assert found["lm_telemetry_last_step", ("table", "steps")] == 5
     assert found["lm_telemetry_last_capture_timestamp_seconds", ("table", "steps")] == 5
     assert ("lm_telemetry_steps_grad_norm",) not in found
+
+
+VALUE = st.none() | st.sampled_from([0.0, 1.0, 2.5, math.nan, math.inf])
+LABELLED = {
+    "steps": {},
+    "layers": {"stack": ["decoder"], "layer": [0, 1], "site": ["resid", "attn_out"]},
+    "heads": {"stack": ["decoder"], "layer": [0, 1], "kind": ["self"], "head": [0, 1, 2]},
+    "curvature": {"operator": ["hessian", "adam"], "scope": ["all"], "estimator": ["lanczos"], "index": [0, 1]},
+    "overhead": {"instrument": ["attention", "trace"]},
+}
+VALUES = {
+    "steps": ["loss", "grad_norm", "seconds", "telemetry_seconds"],
+    "layers": ["rms", "kurtosis"],
+    "heads": ["entropy", "max_logit"],
+    "curvature": ["value", "residual"],
+    "overhead": ["seconds", "captures"],
+}
+
+
+@st.composite
+def flushes(draw):
+    """A table and some captures of it: other keys and other columns in each, or the same as in the one before."""
+    table = draw(st.sampled_from(sorted(LABELLED)))
+    keys, captures = None, []
+    for step in range(draw(st.integers(1, 5))):
+        if keys is None or draw(st.booleans()):
+            count = 1 if table == "steps" else draw(st.integers(1, 4))
+            columns = {
+                n: draw(st.lists(st.sampled_from(v), min_size=count, max_size=count))
+                for n, v in LABELLED[table].items()
+            }
+            keys = columns
+        values = st.sampled_from([0.0, 1.0]) if table == "overhead" else VALUE
+        names = draw(st.lists(st.sampled_from(VALUES[table]), unique=True, min_size=1))
+        own = {name: draw(st.lists(values, min_size=count, max_size=count)) for name in names}
+        captures.append(to_table(table, keys | own, attempt=0, step=step, time_us=step))
+    return table, captures
+
+
+@settings(max_examples=300, deadline=None)
+@given(flush=flushes())
+def test_the_captures_of_a_flush_are_what_they_are_one_by_one(flush):
+    table, captures = flush
+    pages = []
+    for batches in (captures, [pa.concat_tables(captures)]):
+        latest = Latest(run_id="r", rank=3, info={})
+        for rows in batches:
+            latest.observe(table, rows)
+        pages.append(render([latest], openmetrics=True).decode().splitlines())
+    assert sorted(pages[0]) == sorted(pages[1])
+
+
+def test_a_flush_of_like_captures_costs_what_its_last_one_does(latest, rows, monkeypatch):
+    taken = []
+    monkeypatch.setattr(latest, "_set", lambda *values: taken.append(values))
+    keys = {"stack": ["decoder"] * 2, "layer": [0, 1], "site": ["resid"] * 2}
+    latest.observe("layers", pa.concat_tables([rows("layers", step, **keys, rms=[1.0, step]) for step in range(9)]))
+    assert taken == [("layers", "rms", ("decoder", 0, "resid"), 1.0), ("layers", "rms", ("decoder", 1, "resid"), 8.0)]
 
 
 def test_a_fresh_page_says_so(latest):

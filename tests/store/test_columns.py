@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_telemetry.catalogue import TABLES
-from lm_telemetry.columns import Captured, ColumnError, to_rows, to_table
+from lm_telemetry.columns import Captured, ColumnError, split, to_rows, to_table
 from lm_telemetry.schema import schema
 from lm_telemetry.store import Store
 
@@ -115,6 +115,18 @@ def test_the_captures_of_a_flush_are_the_rows_they_are_one_by_one(flush):
     assert len(together) == sum(captured.rows for captured in checked)
     for got, want in zip(together, pa.concat_tables(alone).to_pylist(), strict=True):
         assert all(same(want[name], got[name]) for name in want), (got, want)
+
+
+def test_rows_are_split_into_the_captures_they_came_from():
+    captures = [
+        Captured.check("layers", {"rms": list(range(count))}, step=step, time_us=time)
+        for count, step, time in [(2, 1, 10), (1, 1, 11), (3, 2, 11)]
+    ]
+    rows = to_rows("layers", captures, attempt=0)
+    assert [piece["rms"].to_pylist() for piece in split(rows)] == [[0, 1], [0], [0, 1, 2]]
+    assert [piece["step"].to_pylist() for piece in split(rows.slice(1, 3))] == [[1], [1], [2]]
+    (whole,) = split(rows.slice(3))
+    assert whole.equals(rows.slice(3))
 
 
 def test_keys_that_repeat_are_told_from_keys_that_do_not():
