@@ -42,11 +42,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from lm_telemetry.durable import make_durable_directory, put_json
 from lm_telemetry.errors import StoreError
 from lm_telemetry.leftovers import remove_leftovers
 from lm_telemetry.merging import merge, read_source
 from lm_telemetry.schema import FORMAT_VERSION
-from lm_telemetry.store import PartInfo, Store, make_durable_directory, put_json, put_rows, sequence
+from lm_telemetry.store import PartInfo, Store, put_rows, sequence
 from lm_telemetry.visibility import hidden_partition, is_hidden, is_shown, show, sync
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from lm_telemetry.compaction import locked
+from lm_telemetry.durable import put_json
 from lm_telemetry.errors import StoreError
 from lm_telemetry.schema import FORMAT_VERSION
 from lm_telemetry.store import (
@@ -37,7 +38,6 @@ from lm_telemetry.store import (
     PartInfo,
     by_table,
     listed_parts,
-    put_json,
     sequence,
 )
 

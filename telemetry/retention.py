@@ -22,11 +22,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from lm_telemetry.compaction import GRACE_SECONDS
+from lm_telemetry.durable import put_json
 from lm_telemetry.errors import StoreError
 from lm_telemetry.inventory import run_ids
 from lm_telemetry.liveness import is_live
 from lm_telemetry.schema import ALL_TABLES, FORMAT_VERSION
-from lm_telemetry.store import PRUNED, Store, put_json
+from lm_telemetry.store import PRUNED, Store
 from lm_telemetry.visibility import HIDDEN
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lm_telemetry.durable import put_file, sync_directory
 from lm_telemetry.schema import ALL_TABLES
-from lm_telemetry.store import put_file, sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

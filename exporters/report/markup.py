@@ -268,7 +268,7 @@ def _foot(report: Report) -> str:
     return (
         f"<footer><p>Written {text(report.written)} from the store {text(report.store, 200)} by lm-telemetry."
         " The file is whole: it needs no network and sends nothing.</p>"
-        '<p class="keys">Point or tap to read values; drag to zoom, double-click to see all. With the keyboard:'
-        " <kbd>Tab</kbd> to a figure, arrows to read, <kbd>+</kbd> <kbd>&minus;</kbd> to zoom, <kbd>0</kbd> to see"
-        " all.</p></footer>"
+        '<p class="keys">Point or tap to read values; drag, or spread two fingers, to zoom; double-click to see all.'
+        " With the keyboard: <kbd>Tab</kbd> to a figure, arrows to read, <kbd>+</kbd> <kbd>&minus;</kbd> to zoom,"
+        " <kbd>0</kbd> to see all.</p></footer>"
     )

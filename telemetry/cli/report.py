@@ -91,7 +91,7 @@ def require_place(target: Path, *, force: bool) -> None:
 
 def _put(target: Path, content: bytes) -> None:
     """Write a file so that its place holds the old or the new at every moment; through a link, what it points to."""
-    from lm_telemetry.store import put_file
+    from lm_telemetry.durable import put_file
 
     try:
         put_file(target.resolve(), lambda file: file.write(content))

@@ -251,6 +251,44 @@ def test_a_phone_scrolls_one_way_and_a_finger_reads(opening, report):
     assert tip["x"] + tip["width"] <= 390
 
 
+def test_two_fingers_zoom_and_move_on_a_phone(opening, report):
+    shown = opening(report, width=390, height=844, has_touch=True, is_mobile=True)
+    whole = shown.figure("learning_rate") and shown.range("learning_rate")
+    box = shown.figure("loss").locator("canvas").bounding_box()
+    hand = shown.tab.context.new_cdp_session(shown.tab)
+
+    def touch(kind, *shares):
+        y = box["y"] + box["height"] / 2
+        points = [{"x": box["x"] + share * box["width"], "y": y, "id": i} for i, share in enumerate(shares)]
+        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def spread(start, end):
+        touch("touchStart", start[0])
+        touch("touchStart", *start)
+        for part in (0.25, 0.5, 0.75, 1.0):
+            touch("touchMove", *(a + part * (b - a) for a, b in zip(start, end, strict=True)))
+        touch("touchEnd")
+
+    def at(share, ends):
+        return ends[0] + share * (ends[1] - ends[0])
+
+    spread((0.4, 0.6), (0.2, 0.8))
+    # What was at 0.4 and 0.6 is at 0.2 and 0.8 now: a third of the whole, about its middle.
+    narrow = [at(1 / 3, whole), at(2 / 3, whole)]
+    assert shown.range("loss") == pytest.approx(narrow, rel=0.02)
+    assert "show all" in shown.tab.locator("#page-zoom").inner_text()
+    spread((0.3, 0.7), (0.5, 0.9))
+    moved = [end - 0.2 * (narrow[1] - narrow[0]) for end in narrow]
+    assert shown.range("loss") == pytest.approx(moved, rel=0.02)
+    shown.figure("kurtosis")
+    assert shown.range("kurtosis") == shown.range("loss")
+    shown.figure("loss")
+    spread((0.1, 0.9), (0.45, 0.55))
+    assert shown.range("loss") == whole
+    assert shown.tab.evaluate("visualViewport.scale") == 1
+    assert shown.errors == []
+
+
 def test_paper_is_light_and_has_all_figures_sharp(opening, report, tmp_path):
     shown = opening(report)
     shown.tab.locator("#page-theme").click()

@@ -14,8 +14,12 @@ class Group {
     if (range) this.range = this.range ? [Math.min(this.range[0], range[0]), Math.max(this.range[1], range[1])] : range;
   }
 
+  get whole() {
+    return roomy(this.axis.scale, this.range, 0.015);
+  }
+
   get x() {
-    return this.zoom ? scale(this.axis.scale, ...this.zoom) : roomy(this.axis.scale, this.range, 0.015);
+    return this.zoom ? scale(this.axis.scale, ...this.zoom) : this.whole;
   }
 
   /** Narrow to [low, high], or show all again with null. */
@@ -30,6 +34,16 @@ class Group {
   point(plot, at, down) {
     const found = plot.show(at, down);
     for (const other of this.plots) if (other !== plot && other.drawn) other.follow(found);
+  }
+
+  /** Move and stretch what the scale `x` showed, so that what was at the shares `from` is at the shares `to`. */
+  stretch(x, from, to) {
+    if (Math.abs(to[0] - to[1]) < 0.02) return;
+    const factor = (from[0] - from[1]) / (to[0] - to[1]);
+    const start = from[0] - factor * to[0];
+    const low = Math.max(x.value(start), this.whole.low);
+    const high = Math.min(x.value(start + factor), this.whole.high);
+    this.narrow(factor > 0 && (low > this.whole.low || high < this.whole.high) ? [low, high] : null);
   }
 
   leave() {
@@ -55,9 +69,12 @@ function drawCursor(frame, across) {
 function steer(plot) {
   const { frame, group } = plot;
   const { host } = frame;
+  const fingers = new Map();
+  let pinch = null;
   let from = null;
   let at = null;
   let down = 0.5;
+  host.classList.add("zooms");
 
   const go = (x, y) => {
     at = x;
@@ -65,6 +82,11 @@ function steer(plot) {
     group.point(plot, x, y);
   };
   const drawn = (event) => [from, frame.share(event)[0]].sort((a, b) => a - b);
+  const lift = (event) => {
+    from = null;
+    fingers.delete(event.pointerId);
+    pinch = null;
+  };
   const dragged = (event) => from !== null && Math.abs(frame.share(event)[0] - from) * frame.size[0] > 6;
 
   host.addEventListener("pointerdown", (event) => {
@@ -72,11 +94,21 @@ function steer(plot) {
     if (event.pointerType === "mouse") {
       from = frame.share(event)[0];
       host.setPointerCapture(event.pointerId);
+    } else {
+      fingers.set(event.pointerId, frame.share(event)[0]);
+      pinch = fingers.size === 2 ? { x: group.x, from: [...fingers.values()] } : null;
+      if (pinch) group.leave();
     }
+    if (pinch) return;
     go(group.x.value(frame.share(event)[0]), frame.share(event)[1]);
   });
   host.addEventListener("pointermove", (event) => {
     const [across, y] = frame.share(event);
+    if (fingers.has(event.pointerId)) fingers.set(event.pointerId, across);
+    if (pinch) {
+      group.stretch(pinch.x, pinch.from, [...fingers.values()]);
+      return;
+    }
     go(group.x.value(across), y);
     if (!dragged(event)) return;
     const [low, high] = drawn(event);
@@ -85,9 +117,9 @@ function steer(plot) {
   });
   host.addEventListener("pointerup", (event) => {
     if (dragged(event)) group.narrow(drawn(event).map(group.x.value));
-    from = null;
+    lift(event);
   });
-  host.addEventListener("pointercancel", () => (from = null));
+  host.addEventListener("pointercancel", lift);
   host.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && from === null && group.leave());
   host.addEventListener("dblclick", () => group.narrow(null));
   host.addEventListener("blur", () => group.leave());
