@@ -241,7 +241,7 @@ class Writer:
                     _contained(partial(self._lost, item.step, error))
                     _log.warning("lm-telemetry: a capture was lost: %s", describe(error))
             if self._pending.caught_bytes >= FLUSH_BYTES:
-                self._gather()
+                _contained(self._gather)
             early = self._pending.bytes >= FLUSH_BYTES and self._failing_since is None
             if isinstance(item, _Marker) or early or time.monotonic() >= due:
                 written, error = _contained(self._flush)

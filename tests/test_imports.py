@@ -50,7 +50,7 @@ ALLOWED = {
     "kernels": set(),
     "hooks": {"kernels", "errors"},
     "queries": {"schema", "catalogue", "errors", "remote", "store"},
-    "exporters": {"schema", "catalogue", "errors", "queries", "writer", "settings", "meant", "terminal"},
+    "exporters": {"schema", "catalogue", "columns", "errors", "queries", "writer", "settings", "meant", "terminal"},
 }
 TORCHLESS = ("queries", "exporters")
 
