@@ -35,7 +35,7 @@ _PROBLEMS = (
         "vanishing",
         "shrank more than tenfold",
         (
-            "RMS below a tenth of the first capture's. A norm behind it may make up for that; the ratio of updates to"
+            "RMS below a tenth of what was usual before. A norm behind it may make up for that; the ratio of updates to"
             " weights tells whether it still learns."
         ),
     ),
@@ -43,8 +43,8 @@ _PROBLEMS = (
         "exploding",
         "grew more than tenfold",
         (
-            "RMS above ten times the first capture's. What blocks write grows in any run from scratch, and levels off;"
-            " growth of the stream that goes on ends in overflow, and asks for weight decay or a norm."
+            "RMS above ten times what was usual before. Growth that goes on ends in overflow, and asks for a lower"
+            " learning rate, weight decay or a norm."
         ),
     ),
 )
@@ -108,7 +108,8 @@ def _problems(source: Source, run_id: str) -> Iterator[Finding]:
         yield Finding(
             level="ok",
             title="No layer dies or explodes",
-            text=f"In {count(captures, 'capture')} each layer's RMS stays between a tenth and ten times its first.",
+            text=f"In {count(captures, 'capture')} each layer's RMS stays between a tenth and ten times what was usual"
+            " before.",
             run_id=run_id,
             figure=source.figure_id("rms", run_id),
             sql=sql,

@@ -15,12 +15,18 @@
 --   absmax [1]: largest magnitude, at the last captured step
 --   outlier_fraction [1]: share of entries beyond 6 times their token's RMS, at the last captured step
 --   nonfinite [1]: NaN and infinite entries, at the last captured step
---   flag []: `ok`, or what holds of these, in this order: `nonfinite` (any such entry), `exploding` (RMS grew more than
---     tenfold), `dead` (RMS below 1e-6, or more than 99.9 % exact zeros), `massive activations` (the largest magnitude is
---     above 100 and above 100 times the RMS)
+--   flag []: `ok`, or what holds of these, in this order: `nonfinite` (any such entry), `exploding` and
+--     `vanishing` (as in `dead_layers`), `dead` (RMS below 1e-6, or more than 99.9 % exact zeros), `massive activations`
+--     (the largest magnitude is above 100 and above 100 times the RMS)
 -- source: massive activations, arXiv 2402.17762, which compares with the median where the table has the RMS; outliers,
 --   arXiv 2208.07339; the other cut-offs are conventions of ours.
-WITH measured AS (
+WITH strayed AS (
+    SELECT run_id, rank, stack, layer, site, min(problem) AS strayed
+    FROM dead_layers
+    WHERE is_present AND problem IN ('exploding', 'vanishing')
+    GROUP BY run_id, rank, stack, layer, site
+),
+measured AS (
     SELECT * FROM layers WHERE rms IS NOT NULL OR nonfinite > 0
 ),
 ordered AS (
@@ -50,7 +56,7 @@ grown AS (
     FROM ends
 )
 SELECT
-    run_id, rank, stack, layer, site, first_step, last_step,
+    grown.run_id, grown.rank, grown.stack, grown.layer, grown.site, first_step, last_step,
     first_rms,
     rms,
     growth,
@@ -64,7 +70,7 @@ SELECT
             concat_ws(
                 ', ',
                 CASE WHEN nonfinite > 0 THEN 'nonfinite' END,
-                CASE WHEN growth > 10 AND NOT isnan(growth) THEN 'exploding' END,
+                strayed,
                 CASE WHEN rms < 1e-6 OR (zero_fraction > 0.999 AND NOT isnan(zero_fraction)) THEN 'dead' END,
                 CASE WHEN absmax > 100 AND absmax > 100 * rms AND NOT isnan(absmax) THEN 'massive activations' END
             ),
@@ -73,4 +79,7 @@ SELECT
         'ok'
     ) AS flag
 FROM grown
-ORDER BY run_id, rank, stack, layer, site
+LEFT JOIN strayed ON
+    grown.run_id = strayed.run_id AND grown.rank = strayed.rank AND grown.site = strayed.site
+    AND coalesce(grown.stack, '') = coalesce(strayed.stack, '') AND coalesce(grown.layer, -1) = coalesce(strayed.layer, -1)
+ORDER BY grown.run_id, grown.rank, grown.stack, grown.layer, grown.site

@@ -177,7 +177,8 @@ def layers(**columns):
         ({"nonfinite": 9, "rms": None}, "nonfinite"),
         ({"rms": 10.5}, "exploding"),
         ({"rms": 10.0}, "ok"),
-        ({"rms": 1e-7}, "dead"),
+        ({"rms": 0.09}, "vanishing"),
+        ({"rms": 1e-7}, "vanishing, dead"),
         ({"zero_fraction": 0.9995}, "dead"),
         ({"absmax": 101.0}, "massive activations"),
         ({"absmax": 99.0}, "ok"),
@@ -187,9 +188,19 @@ def layers(**columns):
     ],
 )
 def test_layer_health_flags(put, ask, columns, flag):
-    put("layers", 1, **layers())
-    put("layers", 2, **layers(**columns))
+    for step in range(1, 11):
+        put("layers", step, **layers())
+    put("layers", 11, **layers(**columns))
     assert [row["flag"] for row in ask("FROM layer_health")] == [flag]
+
+
+def test_growth_from_the_start_is_no_explosion(put, ask):
+    course = [0.02 * 40 ** min(1.0, step / 5) for step in range(40)]
+    for step, rms in enumerate(course):
+        put("layers", step, **layers(rms=rms, absmax=3 * rms))
+    (row,) = ask("FROM layer_health")
+    assert (row["growth"], row["flag"]) == (approx(40.0, rel=1e-6), "ok")
+    assert ask("FROM dead_layers") == []
 
 
 def test_layer_health_measures_growth(put, ask):

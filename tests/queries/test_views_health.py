@@ -34,28 +34,50 @@ def layer(step, rms, *, index=0, zero_fraction=0.0, nonfinite=0):
 
 def test_a_layer_that_explodes_has_its_rate(plant, ask):
     at = np.arange(10, 410, 10)
-    logs = 0.01 * at + np.random.default_rng(0).normal(0, 0.05, len(at))
+    logs = 0.015 * at + np.random.default_rng(0).normal(0, 0.05, len(at))
     plant("layers", [layer(int(s), float(np.exp(y))) for s, y in zip(at, logs, strict=True)])
     plant("layers", [layer(int(s), 1.0, index=1) for s in at])
     (row,) = ask("FROM dead_layers")
     (slope, _), covariance = np.polyfit(at, logs, 1, cov=True)
     assert (row["layer"], row["problem"], row["captures_in_all"], row["is_present"]) == (0, "exploding", 40, True)
     assert (row["trend"], row["trend_stderr"]) == (approx(slope, rel=1e-4), approx(covariance[0, 0] ** 0.5, rel=1e-3))
-    first_above = at[logs > logs[0] + np.log(10)]
-    assert (row["since_step"], row["captures"]) == (first_above[0], len(first_above))
+    before = np.array([logs[:i].mean() if i >= 10 else np.inf for i in range(len(at))])
+    onset = np.flatnonzero(logs > before + np.log(10))[0]
+    above = at[onset:][logs[onset:] > before[onset] + np.log(10)]
+    assert len(above) > 5
+    assert (row["since_step"], row["captures"]) == (at[onset], len(above))
+    assert row["usual_rms"] == approx(np.exp(before[onset]), rel=1e-5)
     assert row["rms"] / row["first_rms"] == approx(np.exp(logs[-1] - logs[0]), rel=1e-5)
 
 
 def test_a_layer_that_vanishes_dies_after_it(plant, ask):
-    plant("layers", [layer(100 * i, 10.0 ** -(i - 1)) for i in range(1, 10)])
-    found = by(ask("FROM dead_layers"), "problem")
-    # 1, .1, .01, ...: in float32 a tenth is a hair above .1, and a millionth below 1e-6.
+    plant("layers", [layer(100 * i, 10.0**-i) for i in range(1, 10)], run_id="short")
+    plant("layers", [layer(100 * i, 1.0) for i in range(-9, 1)] + [layer(100 * i, 10.0**-i) for i in range(1, 10)])
+    found = by(ask("FROM dead_layers"), "run_id", "problem")
+    # 1 ten times, .1, .01, ...: in float32 a tenth is a hair above .1, and a millionth below 1e-6.
     assert {p: (r["since_step"], r["captures"], r["is_present"]) for p, r in found.items()} == {
-        "vanishing": (300, 7, True),
-        "dead": (700, 3, True),
+        ("r", "vanishing"): (200, 8, True),
+        ("r", "dead"): (600, 4, True),
+        ("short", "dead"): (600, 4, True),
     }
-    assert found["dead"]["trend"] == approx(-np.log(10) / 100, rel=1e-6)
-    assert found["dead"]["trend_stderr"] == approx(0.0, abs=1e-8)
+    assert found["short", "dead"]["trend"] == approx(-np.log(10) / 100, rel=1e-6)
+    assert found["short", "dead"]["trend_stderr"] == approx(0.0, abs=1e-8)
+    assert (found["r", "vanishing"]["usual_rms"], found["short", "dead"]["usual_rms"]) == (
+        approx(0.1 ** (1 / 11)),
+        None,
+    )
+
+
+def test_a_level_that_is_left_for_good_stays_a_problem_and_one_that_is_found_again_does_not(plant, ask):
+    for run, course in {"left": [1.0] * 50 + [20.0] * 50, "back": [1.0] * 50 + [20.0] * 10 + [2.0] * 40}.items():
+        plant("layers", [layer(10 * i, rms) for i, rms in enumerate(course)], run_id=run)
+    found = by(ask("FROM dead_layers"), "run_id")
+    told = {run: (r["problem"], r["since_step"], r["captures"], r["is_present"]) for run, r in found.items()}
+    assert told == {"left": ("exploding", 500, 50, True), "back": ("exploding", 500, 10, False)}
+    assert {run: row["flag"] for run, row in by(ask("FROM layer_health"), "run_id").items()} == {
+        "left": "exploding",
+        "back": "ok",
+    }
 
 
 def test_zeros_and_nonfinite_entries_are_told_with_their_steps(plant, ask):

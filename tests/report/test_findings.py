@@ -165,12 +165,12 @@ def test_sinks_and_induction_heads_are_told_calmly(store):
 def test_a_dead_layer_is_a_warning_and_a_write_that_grows_a_note(store):
     steps(store, losses(1000))
     layers(store, CAPTURES, rms=lambda s, layer: 1e-9 if layer == 1 and s >= 600 else 1.0)
-    layers(store, CAPTURES, site="attn_out", rms=lambda s, layer: 0.01 if s < 100 else 1.0)
+    layers(store, CAPTURES, site="attn_out", rms=lambda s, layer: 0.01 if s < 900 else 1.0)
     found = judged(store)
     dead = finding(found, "died")
     assert (dead.level, dead.since, dead.title) == ("warning", 600, "1 place died")
     grown = finding(found, "grew")
-    assert (grown.level, grown.since) == ("note", 100)
+    assert (grown.level, grown.since) == ("note", 900)
     assert "No layer dies or explodes" not in levels(found)
 
 
