@@ -200,18 +200,17 @@ class Latest:
         *earlier, last = split(rows)
         for capture in earlier:
             if table in SUMMED:
-                self._last[table] = _stamp(capture)
                 self._take(table, capture, exported_columns(table))
             else:
                 self._take(table, capture, _not_replaced(table, capture, last))
-        self._last[table] = _stamp(last)
         self._take(table, last, exported_columns(table))
 
     def _take(self, table: str, rows: pa.Table, columns: Sequence[str]) -> None:
         """Take a capture's values that are not NULL; of heads and of parameter tensors what stands for their layer."""
-        names = LABELS[table]
         if not columns:
             return
+        names = LABELS[table]
+        self._last[table] = _stamp(rows)
         if table in BY_HEAD or table == "params":
             groups = Groups(rows, names)
             for column in columns:

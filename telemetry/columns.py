@@ -159,14 +159,16 @@ def _joined(pieces: Sequence[Sequence[Any] | np.ndarray[Any, Any] | None], count
         return pieces[0]
     given = [piece for piece in pieces if piece is not None]
     arrays = [piece for piece in given if isinstance(piece, np.ndarray)]
-    if len(arrays) < len(given) or len({(a.dtype, a.ndim) for a in arrays}) > 1 or arrays[0].dtype == object:
+    like = arrays[0] if arrays else np.empty(0, object)
+    is_alike = all(isinstance(p, np.ndarray) and (p.dtype, p.shape[1:]) == (like.dtype, like.shape[1:]) for p in given)
+    # A masked row of a matrix would be a list of NULLs, and not NULL.
+    if not is_alike or like.dtype == object or (like.ndim > 1 and len(given) < len(pieces)):
         filled = ([None] * count if p is None else p for p, count in zip(pieces, counts, strict=True))
         return list(chain.from_iterable(filled))
     if len(arrays) == len(pieces) and not any(isinstance(array, np.ma.MaskedArray) for array in arrays):
         return np.concatenate(arrays)
-    like = arrays[0]
     hidden = (
-        np.ma.masked_all((count, *like.shape[1:]), like.dtype) if p is None else p  # type: ignore[no-untyped-call]
+        np.ma.masked_all(count, like.dtype) if p is None else p  # type: ignore[no-untyped-call]
         for p, count in zip(pieces, counts, strict=True)
     )
     return np.ma.concatenate(list(hidden))  # type: ignore[no-untyped-call]
@@ -218,6 +220,8 @@ def _array(kind: pa.DataType, values: Any) -> pa.Array[Any]:
         array: pa.Array[Any] = pa.array(native, type=kind, mask=mask, from_pandas=False)
         return array
     entries = [None if value is np.ma.masked else value for value in values]
+    if pa.types.is_list(kind):
+        entries = [entry.tolist() if isinstance(entry, np.ma.MaskedArray) else entry for entry in entries]
     if pa.types.is_integer(kind):
         # Given the type, pa.array truncates 1.5 in a list to 1 without a word; the cast refuses, but reads text.
         inferred = pa.array(entries, from_pandas=False)

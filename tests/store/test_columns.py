@@ -117,6 +117,29 @@ def test_the_captures_of_a_flush_are_the_rows_they_are_one_by_one(flush):
         assert all(same(want[name], got[name]) for name in want), (got, want)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 1), (0, 3, 1)])
+def test_a_list_column_that_a_capture_lacks_is_null_there(order):
+    layer = {"layer": [0, 1]}
+    captures = [
+        layer | {"gram": np.array([[1, 2], [3, 4]], np.float32)},
+        layer,
+        layer | {"gram": [[5.0], None]},
+        layer | {"gram": np.ones((2, 3), np.float32)},
+    ]
+    want = [[[1.0, 2.0], [3.0, 4.0]], [None, None], [[5.0], None], [[1.0] * 3, [1.0] * 3]]
+    checked = [Captured.check("sketches", captures[i], step=1, time_us=i) for i in order]
+    got = to_rows("sketches", checked, attempt=0)["gram"].to_pylist()
+    assert got == [entry for i in order for entry in want[i]]
+
+
+def test_masked_entries_of_a_matrix_are_null():
+    gram = np.ma.array(np.ones((2, 2), np.float32), mask=[[True, False], [False, False]])
+    checked = [Captured.check("sketches", {"gram": gram}, step=step, time_us=0) for step in (1, 2)]
+    for captures in (checked[:1], checked):
+        got = to_rows("sketches", captures, attempt=0)["gram"].to_pylist()
+        assert got == [[None, 1.0], [1.0, 1.0]] * len(captures)
+
+
 def test_rows_are_split_into_the_captures_they_came_from():
     captures = [
         Captured.check("layers", {"rms": list(range(count))}, step=step, time_us=time)
