@@ -210,7 +210,11 @@ class Store:
         target = self.manifest_path(run_id, rank, attempt)
         manifest = Manifest(run_id=run_id, rank=rank, attempt=attempt)
         try:
-            document = json.loads(target.read_text(encoding="utf-8"))
+            try:
+                text = target.read_text(encoding="utf-8")
+            except FileNotFoundError:  # claimed, and nothing acknowledged yet; it may be there by now
+                return manifest
+            document = json.loads(text)
             manifest.sealed = list(document["sealed"])
             manifest.lost = listed_parts(document.get("lost", {}))
             for name in manifest.sealed if whole else ():
@@ -219,8 +223,7 @@ class Store:
                 manifest.lost += listed_parts(sealed.get("lost", {}))
             manifest.parts += listed_parts(document["parts"])
         except FileNotFoundError:
-            if target.exists():
-                raise StoreError(f"{target} names a sealed list that is gone", path=str(target)) from None
+            raise StoreError(f"{target} names a sealed list that is gone", path=str(target)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"cannot read the manifest {target}: {error!r}", path=str(target)) from error
         return manifest

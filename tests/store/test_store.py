@@ -169,6 +169,23 @@ def test_a_long_manifest_is_sealed_and_stays_short(store):
         store.read_manifest("r", 0, 0, whole=True)
 
 
+def test_a_manifest_that_appears_while_it_is_looked_for_is_no_damage(store, monkeypatch):
+    """A compactor beside a run that has claimed its attempt and acknowledges its first part at this very moment."""
+    parts = [part(i) for i in range(SEAL_AFTER + 5)]
+    read_text = Path.read_text
+
+    def just_too_early(path, **options):
+        try:
+            return read_text(path, **options)
+        except FileNotFoundError:
+            store.write_manifest(Manifest(run_id="r", rank=0, attempt=0, parts=list(parts)))
+            raise
+
+    monkeypatch.setattr(Path, "read_text", just_too_early)
+    assert store.read_manifest("r", 0, 0, whole=True).parts == []
+    assert store.read_manifest("r", 0, 0, whole=True).parts == parts
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sealed": []}', '{"sealed": [], "parts": {"steps": [{}]}}'])
 def test_a_broken_manifest_is_an_error_that_names_it(store, text):
     path = store.path / "_manifests/run_id=r/attempt=0/rank=0.json"
