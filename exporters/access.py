@@ -3,6 +3,10 @@
 Secrets are read from a file, never from a setting, so that they stand neither in a process list nor in the store. What
 is kept of them are digests; a presented one is compared with all of them, in a time that tells nothing. No error shows
 a line of the file.
+
+Certificates are renewed and tokens changed while a run goes on for weeks: `Access.renewed` looks whether a file is
+another one by now. What cannot be used (a renewal that is half done, a file that is gone) leaves what there was: no
+door opens or shuts by accident.
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from lm_telemetry.errors import SettingsError
+
+_log = logging.getLogger("lm_telemetry")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +84,10 @@ class Access:
 
     credentials: Credentials | None = None
     tls: ssl.SSLContext | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    """what `load` was given: (argument, path)"""
+    stamps: tuple[tuple[int, ...], ...] = ()
+    """which files those were when they were read"""
 
     @classmethod
     def load(
@@ -95,6 +106,9 @@ class Access:
         for name, value in (("prometheus_key", key), ("prometheus_client_ca", client_ca)):
             if value is not None and certificate is None:
                 raise _refused(name, value, "needs `prometheus_certificate` beside it")
+        given = (("certificate", certificate), ("key", key), ("client_ca", client_ca), ("auth", auth))
+        files = tuple((name, path) for name, path in given if path is not None)
+        stamps = _stamps(files)  # before they are read: a change meanwhile is then seen as one
         tls = None
         if certificate is not None:
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -115,7 +129,22 @@ class Access:
                     why = f"holds no certificates in PEM ({_reason(error)})"
                     raise _refused("prometheus_client_ca", client_ca, why) from None
                 tls.verify_mode = ssl.CERT_REQUIRED
-        return cls(credentials=None if auth is None else Credentials.read(auth), tls=tls)
+        credentials = None if auth is None else Credentials.read(auth)
+        return cls(credentials=credentials, tls=tls, files=files, stamps=stamps)
+
+    def renewed(self) -> Self:
+        """What the files say by now; where they have not changed or cannot be used, what they said before.
+
+        Of files that cannot be used the log is told once a change. Costs a `stat` of each.
+        """
+        stamps = _stamps(self.files)
+        if stamps == self.stamps:
+            return self
+        try:
+            return type(self).load(**dict(self.files))
+        except SettingsError as error:
+            _log.warning("lm-telemetry: the endpoint stays with what it had read before: %s", error)
+            return replace(self, stamps=stamps)
 
     @property
     def scheme(self) -> str:
@@ -130,6 +159,18 @@ class Access:
 
 def _digest(scheme: str, secret: bytes) -> bytes:
     return hashlib.sha256(scheme.encode() + b" " + secret).digest()
+
+
+def _stamps(files: tuple[tuple[str, str], ...]) -> tuple[tuple[int, ...], ...]:
+    """Of each file what changes when it is written or another takes its name; nothing of one that is gone."""
+    found: list[tuple[int, ...]] = []
+    for _, path in files:
+        try:
+            status = Path(path).stat()
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(())
+    return tuple(found)
 
 
 def _check_readable(setting: str, path: str | None) -> None:

@@ -14,6 +14,7 @@ Decisions:
   clients, half-open ones and handshakes that never end cost a place for seconds and hold up nobody.
 - Places are bounded. When all are taken, the connection that has been idle longest gives way to a new one, and if none
   is idle the one that has been at it longest.
+- Who may read is looked up anew with each connection and each request, for passwords and certificates that change.
 - A connection that ends is first shut down for writing and read to its end, so that the answer is not lost to a reset.
 """
 
@@ -182,6 +183,7 @@ class PageServer:
             time.sleep(_PAUSE_SECONDS)
             return
         state = _State.ASKING
+        self._access = self._access.renewed()
         try:
             client.setblocking(False)
             if self._access.tls is not None:
@@ -220,6 +222,7 @@ class PageServer:
             raise ConnectionResetError
         if connection.state is _State.IDLE:
             connection.turn(_State.ASKING)
+            self._access = self._access.renewed()
         connection.received += data
         answer = request.answer(connection.received, self._page, self._access.credentials)
         if answer is not None:

@@ -76,7 +76,8 @@ class Settings:
     `0.0.0.0` and `::` are all interfaces."""
 
     prometheus_certificate: str | None = None
-    """File with the endpoint's certificate and its chain (PEM). None for plain HTTP."""
+    """File with the endpoint's certificate and its chain (PEM). None for plain HTTP. As the three below, read again
+    when it changes; one that cannot be used then leaves what there was."""
 
     prometheus_key: str | None = None
     """File with the certificate's private key (PEM, not encrypted). None where the certificate's file holds it."""

@@ -119,6 +119,63 @@ def test_certificate_and_key_may_share_a_file(certificates, tmp_path):
     assert Access.load(certificate=str(both)).scheme == "https"
 
 
+@pytest.fixture
+def files(certificates, tmp_path):
+    """Arguments of `Access.load`, whose files a test may change."""
+    given = {"certificate": "server", "key": "server_key", "client_ca": "ca"}
+    for name, source in given.items():
+        (tmp_path / name).write_bytes(Path(certificates[source]).read_bytes())
+    (tmp_path / "auth").write_text("bearer s3same\n")
+    return {name: str(tmp_path / name) for name in (*given, "auth")}
+
+
+def put(path, content):
+    """As those do who renew: another file takes the name."""
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
+def test_unchanged_files_are_not_read_again(files):
+    access = Access.load(**files)
+    assert access.renewed() is access
+    assert Access().renewed() == Access()
+
+
+def test_a_token_that_was_changed_counts(files):
+    access = Access.load(**files)
+    Path(files["auth"]).write_text("bearer newer\n")
+    renewed = access.renewed()
+    assert renewed.credentials.admit("Bearer newer")
+    assert not renewed.credentials.admit("Bearer s3same")
+    assert renewed.renewed() is renewed
+
+
+@pytest.mark.parametrize("harm", ["gone", "half", "other"])
+@pytest.mark.parametrize("name", ["certificate", "key", "client_ca", "auth"])
+def test_what_cannot_be_used_leaves_what_there_was(files, certificates, name, harm, caplog):
+    access = Access.load(**files)
+    path, before = Path(files[name]), Path(files[name]).read_bytes()
+    other = {"key": certificates["client_key"], "certificate": certificates["client"]}
+    match harm:
+        case "gone":
+            path.unlink()
+        case "half":
+            put(path, before[:5])
+        case "other":
+            put(path, Path(other[name]).read_bytes() if name in other else b"\n")
+    kept = access.renewed()
+    assert (kept.tls, kept.credentials) == (access.tls, access.credentials)
+    assert kept.asks_who
+    assert kept.renewed() is kept
+    assert len(caplog.records) == 1
+    assert "stays" in caplog.text
+    assert files[name] in caplog.text or files["certificate"] in caplog.text
+    assert "s3same" not in caplog.text
+    put(path, before)
+    assert kept.renewed().tls is not access.tls, "mended files are read again"
+
+
 def test_by_default_nothing_is_asked(credentials):
     assert (Access().scheme, Access().asks_who) == ("http", False)
     assert Access(credentials=credentials).asks_who

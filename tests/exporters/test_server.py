@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +217,37 @@ def test_a_connection_is_kept_over_tls_too(guarded, certificates):
         connection.request("GET", "/metrics", headers={"Authorization": "Bearer sesame"})
         assert len(connection.getresponse().read()) == 500_000
     connection.close()
+
+
+def test_a_certificate_and_a_token_are_renewed_while_it_serves(certificates, tmp_path):
+    shown, auth = tmp_path / "both.pem", tmp_path / "auth"
+
+    def issue(name, token):
+        pem = "".join(Path(certificates[part]).read_text() for part in (name, f"{name}_key"))
+        for path, text in ((shown, pem), (auth, f"bearer {token}\n")):
+            path.with_suffix(".new").write_text(text)
+            path.with_suffix(".new").replace(path)
+
+    issue("server", "old")
+    server = PageServer(0, access=Access.load(certificate=str(shown), auth=str(auth)))
+    server.publish(HELLO)
+    kept = http.client.HTTPSConnection("127.0.0.1", server.port, context=client(certificates))
+
+    def ask_again(token):
+        kept.request("GET", "/metrics", headers={"Authorization": f"Bearer {token}"})
+        response = kept.getresponse()
+        response.read()
+        return response.status
+
+    assert [ask_again("old"), ask_again("new")] == [200, 401]
+    first = ssl.get_server_certificate(("127.0.0.1", server.port))
+    issue("client", "new")
+    assert [ask_again("old"), ask_again("new")] == [401, 200], "a connection that is kept"
+    second = ssl.get_server_certificate(("127.0.0.1", server.port))
+    assert ssl.PEM_cert_to_DER_cert(first) != ssl.PEM_cert_to_DER_cert(second)
+    assert ask(server, tls=client(certificates), Authorization="Bearer new")[0] == 200
+    kept.close()
+    server.close()
 
 
 def test_old_tls_is_refused(certificates):
