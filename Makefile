@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STORE ?= telemetry-store
 STEPS ?= 300
+WORKERS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench clean
@@ -22,8 +23,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## train a small model on real text, and show what was captured
 	$(BIN)/lmt demo --store $(STORE) --steps $(STEPS)
 
-test: $(VENV)/.installed ## run all tests
-	$(BIN)/pytest
+test: $(VENV)/.installed ## run all tests, side by side on up to WORKERS cores
+	$(BIN)/pytest -n auto --maxprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed ## check style
 	$(BIN)/ruff check .

@@ -95,7 +95,8 @@ def test_a_closed_port_is_free_again(page):
     page.close()
     again = PageServer(page.port)
     again.close()
-    assert not [t for t in threading.enumerate() if t.name == "lm-telemetry-metrics"]
+    assert not page._thread.is_alive()
+    assert not again._thread.is_alive()
 
 
 def test_a_forked_child_does_not_keep_the_port_nor_a_connection(page):

@@ -111,14 +111,14 @@ def test_handshakes_that_never_end_hold_up_nobody(certificates, impatient):
 
 
 def test_connections_are_bounded_and_idle_ones_give_way(page, connect):
+    threads = set(threading.enumerate())
     silent = [connect() for _ in range(10)]
     assert wait(lambda: len(page._connections) == 10)
     kept = [connect() for _ in range(5)]
     assert all(answered(each) for each in kept)
     silent += [connect() for _ in range(MAX_CONNECTIONS - 15)]
     assert wait(lambda: len(page._connections) == MAX_CONNECTIONS)
-    threads = [t for t in threading.enumerate() if t.name.startswith("lm-telemetry")]
-    assert len(threads) == 1
+    assert set(threading.enumerate()) == threads, "no thread of its own for a connection"
     for _ in range(5):
         assert answered(connect())
     assert [each.recv(1) for each in kept] == [b""] * 5, "those that were idle went first"
