@@ -5,8 +5,8 @@ is kept of them are digests; a presented one is compared with all of them, in a 
 a line of the file.
 
 Certificates are renewed and tokens changed while a run goes on for weeks: `Access.renewed` looks whether a file is
-another one by now. What cannot be used (a renewal that is half done, a file that is gone) leaves what there was: no
-door opens or shuts by accident.
+another one by now. What cannot be used (a renewal that is half done, a file that is gone) leaves what there was. Change
+a file by renaming a new one over it: of one written in place, a half may pass for the whole until the next look.
 """
 
 from __future__ import annotations
